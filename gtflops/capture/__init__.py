@@ -1,0 +1,7 @@
+"""Model + batch -> graph. The one room that runs models; needs torch."""
+
+from gtflops.capture.architectures import Architecture, architecture, presets
+from gtflops.capture.dispatch import ExecutedFlops
+from gtflops.capture.tracing import Loss, Trace, call_model, loss_of, trace
+
+__all__ = ["Architecture", "ExecutedFlops", "Loss", "Trace", "architecture", "call_model", "loss_of", "presets", "trace"]

@@ -1,0 +1,121 @@
+"""Models by name: the architecture alone, on meta tensors, from a local folder, a preset or the Hugging Face hub."""
+
+import difflib
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from gtflops.errors import InputError, UnsupportedModelError
+
+Attention = Literal["eager", "sdpa"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model without weights, the batch it is to be profiled on, and what was assumed on the way."""
+
+    model: torch.nn.Module
+    batch: dict[str, torch.Tensor]
+    notes: tuple[str, ...]
+
+
+@cache
+def presets() -> dict[str, dict[str, Any]]:
+    """Configurations of published models that need no network, by Hugging Face id."""
+    text = resources.files("gtflops.capture").joinpath("presets.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def architecture(name: str, *, batch_size: int, seq_len: int, attention: Attention = "eager") -> Architecture:
+    """The model called ``name`` in training mode on meta tensors, and a batch of ``batch_size`` x ``seq_len`` tokens.
+
+    ``name`` is a local folder with a ``config.json``, a preset, or a Hugging Face id in the cache or on the hub; of
+    the last two only the configuration is read. Every position is real (no padding) and has a label. InputError for
+    an unknown name, a non-positive size or a length beyond the model's positions; UnsupportedModelError for a model
+    that is no language model.
+    """
+    for label, size in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InputError(f"{label} is {size!r}, expected a positive integer")
+    if attention not in ("eager", "sdpa"):
+        raise InputError(f"attention is {attention!r}, expected 'eager' or 'sdpa'")
+    settings = _settings(name)
+    model_type = settings.pop("model_type", None)
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{name} is a model of type {model_type!r}, which transformers {transformers.__version__} does not build "
+            "by itself; build it and call gtflops.profile(model, batch)"
+        ) from error
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and seq_len > longest:
+        raise InputError(f"seq_len {seq_len} is beyond the {longest} positions of {name}; expected at most {longest}")
+    auto = _auto_class(name, config)
+    with torch.device("meta"):
+        model = auto.from_config(config, attn_implementation=attention)
+        if settings.get("tie_word_embeddings") is False:
+            _untie(model)
+        tokens = torch.empty((batch_size, seq_len), dtype=torch.int64)
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.empty_like(tokens)}
+    notes = (
+        f"architecture of {name}, {batch_size} x {seq_len} tokens, no padding, a label at every position",
+        f"attention is {attention}, on no device in particular: a fused kernel's backward computes the scores once "
+        "more; profile the model itself on its device to price the kernel that runs there",
+    )
+    return Architecture(model.train(), batch, notes)
+
+
+def _settings(name: str) -> dict[str, Any]:
+    """The configuration as its file says it, before transformers' classes change it."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json, expected a folder written by save_pretrained")
+    if not folder.is_dir() and (preset := _preset(name)) is not None:
+        return dict(presets()[preset])
+    try:
+        settings, _ = transformers.PreTrainedConfig.get_config_dict(name)
+        return dict(settings)
+    except (OSError, ValueError) as error:
+        spelled = {alias: preset for preset in presets() for alias in _aliases(preset)}
+        close = difflib.get_close_matches(name.lower(), spelled, n=6, cutoff=0.5)
+        nearest = ", ".join(dict.fromkeys(spelled[match] for match in close) or presets())
+        raise InputError(
+            f"unknown model {name!r}: no such folder, no preset, and Hugging Face has no configuration of it here; "
+            f"nearest known: {nearest}"
+        ) from error
+
+
+def _aliases(preset: str) -> tuple[str, str]:
+    """How a preset may be spelled: its id, or the id without its organisation, in any case."""
+    return preset.lower(), preset.rpartition("/")[2].lower()
+
+
+def _preset(name: str) -> str | None:
+    return next((preset for preset in presets() if name.lower() in _aliases(preset)), None)
+
+
+def _auto_class(name: str, config: Any) -> Any:
+    if type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForSeq2SeqLM
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        return transformers.AutoModelForMaskedLM
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    raise UnsupportedModelError(
+        f"{name} is a {config.model_type} model, which by name has no batch of tokens; "
+        "build it and call gtflops.profile(model, batch)"
+    )
+
+
+def _untie(model: Any) -> None:
+    """transformers ties T5's head whatever the configuration says; FLAN-T5's checkpoints have one of their own."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))

@@ -1,0 +1,136 @@
+"""Watching PyTorch's dispatcher: each operator that runs, as the data that the operator table prices."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gtflops.operators import Argument, Call, Flops, FlopsByOutput, TensorType, price
+
+# Questions about a tensor that reach a dispatch mode although they compute nothing.
+_METADATA = frozenset(
+    (
+        torch.ops.prim.device.default,
+        torch.ops.aten.sym_size.default,
+        torch.ops.aten.sym_stride.default,
+        torch.ops.aten.sym_numel.default,
+        torch.ops.aten.sym_storage_offset.default,
+        torch.ops.aten.is_contiguous.default,
+    )
+)
+
+
+@cache
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+@cache
+def _qualified_name(func: torch._ops.OpOverload) -> str:
+    return f"{func.namespace}.{func._schema.name.partition('::')[2]}.{func._overloadname}"
+
+
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor_type(tensor: torch.Tensor) -> TensorType:
+    """The type of a tensor, with sizes as plain integers."""
+    return TensorType(tuple(tensor.shape), _dtype_name(tensor.dtype))
+
+
+def _argument(value: Any) -> Argument:
+    if isinstance(value, torch.Tensor):
+        return tensor_type(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_argument(item) for item in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)  # dtypes, devices, layouts, generators, symbolic numbers
+
+
+def outputs_of(result: Any) -> Sequence[Any]:
+    """What an operator returned, as a sequence."""
+    return result if isinstance(result, (tuple, list)) else (result,)
+
+
+def describe_call(
+    func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+) -> Call:
+    """An operator that ran, as plain data."""
+    return Call(
+        _qualified_name(func),
+        tuple(_argument(value) for value in args),
+        tuple((name, _argument(value)) for name, value in kwargs.items()),
+        tuple(
+            tensor_type(output) if isinstance(output, torch.Tensor) else None for output in outputs_of(result)
+        ),
+    )
+
+
+class OperatorMode(TorchDispatchMode):
+    """Calls ``observe(func, args, kwargs, result)`` after every operator that does work.
+
+    Composite operators that reach the mode whole (they do under ``torch.inference_mode``) are taken apart first, so
+    that the same operators are observed as without it.
+    """
+
+    def observe(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        raise NotImplementedError
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return NotImplemented  # the dispatcher then answers by itself
+        if _is_composite(func):
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        result = func(*args, **kwargs)
+        self.observe(func, args, kwargs, result)
+        return result
+
+
+class ExecutedFlops(OperatorMode):
+    """Counts the FLOPs of what really runs inside a ``with``, by gtflops' own table.
+
+    ``flops`` holds both columns; operators without a price are counted in ``unsupported`` by name, never as zero
+    cost in silence. Operators that make several gradients are priced by the ones they really returned.
+
+    >>> import torch
+    >>> a = torch.ones(2, 3)
+    >>> with ExecutedFlops() as executed:
+    ...     product = a @ a.T
+    >>> executed.flops
+    Flops(matmul=24, other=0)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = Flops()
+        self.unsupported: dict[str, int] = {}
+
+    def observe(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        call = describe_call(func, args, kwargs, result)
+        cost = price(call)
+        if cost is None:
+            self.unsupported[call.op] = self.unsupported.get(call.op, 0) + 1
+            return
+        if isinstance(cost, FlopsByOutput):
+            asked = [part for part, output in zip(cost.outputs, call.outputs, strict=False) if output is not None]
+            cost = FlopsByOutput(cost.shared, tuple(asked)).total
+        self.flops = Flops(self.flops.matmul + cost.matmul, self.flops.other + cost.other)

@@ -1,0 +1,375 @@
+"""Model + batch -> one joint forward and backward torch.fx graph, executed once on fake tensors.
+
+The step runs eagerly under a recording dispatch mode: what is recorded is what PyTorch really executes, in its
+order, dead forward operators included (``make_fx`` removes those, and takes several times as long). No tensor
+of the user's model is touched: fake ones stand in for its parameters and buffers while it runs.
+"""
+
+import copy
+import operator
+import random
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import stateless
+from torch.utils import _pytree as pytree
+
+from gtflops.capture.dispatch import OperatorMode, describe_call, outputs_of, tensor_type
+from gtflops.errors import InputError, UnsupportedModelError
+from gtflops.graph import GETITEM, Graph, Node, Phase
+from gtflops.operators import Call
+
+#: A function of (model outputs, batch) that gives a scalar tensor.
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A captured step as torch.fx holds it.
+
+    Every node's ``meta`` has ``call`` (:class:`gtflops.operators.Call`), ``phase``, ``module`` and ``after``: the
+    nodes whose in-place writes it depends on besides its arguments. ``gradients`` maps parameter names to nodes.
+    """
+
+    model: str
+    graph: torch.fx.Graph
+    gradients: Mapping[str, torch.fx.Node | None]
+    loss: torch.fx.Node
+
+    def to_graph(self) -> Graph:
+        """The same as plain data, without torch."""
+        index = {node: position for position, node in enumerate(self.graph.nodes)}
+        shared: dict[Call, Call] = {}
+        nodes = tuple(
+            Node(
+                name=node.meta.get("name", node.name),
+                call=shared.setdefault(node.meta["call"], node.meta["call"]),
+                inputs=tuple(sorted({index[source] for source in (*node.all_input_nodes, *node.meta["after"])})),
+                phase=node.meta["phase"],
+                module=node.meta["module"],
+            )
+            for node in self.graph.nodes
+        )
+        gradients = {name: None if node is None else index[node] for name, node in self.gradients.items()}
+        return Graph(self.model, nodes, gradients, index[self.loss])
+
+
+def call_model(model: torch.nn.Module, batch: Any) -> Any:
+    """``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, ``model(batch)`` otherwise."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def loss_of(outputs: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
+    """The scalar loss of a step: ``loss(outputs, batch)``, or ``outputs.loss``. InputError if it is none."""
+    if loss is not None:
+        value = loss(outputs, batch)
+        source = "the loss function returned"
+    else:
+        value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        source = "the model's outputs have as .loss"
+    if not isinstance(value, torch.Tensor):
+        raise InputError(
+            f"{source} {value!r}, expected a scalar tensor; put labels into the batch, "
+            "or give loss=lambda outputs, batch: ..."
+        )
+    if value.numel() != 1:
+        raise InputError(
+            f"{source} a tensor of shape {tuple(value.shape)}, expected a scalar; reduce it, for example by .mean()"
+        )
+    if not value.requires_grad:
+        raise InputError(f"{source} a tensor that needs no gradient, expected one that depends on the parameters")
+    return value
+
+
+def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace:
+    """Record one training step of ``model`` on ``batch`` with every floating-point parameter trainable.
+
+    Parameters may be real, fake or meta tensors; the batch is anything that :func:`call_model` takes. Nothing is
+    computed and nothing of the model, the batch or the global state is changed. Raises InputError for a model
+    without parameters, a batch that the model refuses or a loss that cannot be trained on, and
+    UnsupportedModelError where the model's control flow depends on data, with the line.
+    """
+    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    if not any(tensor.is_floating_point() for tensor in parameters.values()):
+        raise InputError(
+            f"{type(model).__name__} has no floating-point parameters, so there is nothing to train; "
+            "expected a model with at least one"
+        )
+    fake_mode = detect_fake_mode(list(parameters.values())) or FakeTensorMode(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        stack.enter_context(_unchanged(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        fake = {name: _fake_parameter(fake_mode, tensor) for name, tensor in parameters.items()}
+        fake_buffers = {name: _fake(fake_mode, tensor) for name, tensor in buffers.items()}
+        without_data = all(tensor.is_meta for tensor in parameters.values())  # then the batch needs none either
+        fake_batch = pytree.tree_map_only(
+            torch.Tensor,
+            lambda tensor: _fake(fake_mode, tensor.to("meta") if without_data else tensor),
+            _plain(batch),
+        )
+        recorder = _Recorder()
+        for name, tensor in fake.items():
+            recorder.add_input(name, tensor, Phase.PARAMETER, name.rpartition(".")[0])
+        for name, tensor in fake_buffers.items():
+            recorder.add_input(name, tensor, Phase.BUFFER, name.rpartition(".")[0])
+        for path, leaf in pytree.tree_leaves_with_path(fake_batch):
+            if isinstance(leaf, torch.Tensor):
+                recorder.add_input(_batch_name(path), leaf, Phase.BATCH, "")
+        stack.enter_context(fake_mode)
+        stack.enter_context(
+            stateless._reparametrize_module(model, {**fake, **fake_buffers}, tie_weights=True)  # type: ignore[dict-item]
+        )
+        stack.enter_context(recorder.modules_of(model))
+        stack.enter_context(recorder)
+        try:
+            value = loss_of(call_model(model, fake_batch), fake_batch, loss)
+            recorder.phase = Phase.BACKWARD
+            trainable = {name: tensor for name, tensor in fake.items() if tensor.requires_grad}
+            gradients = torch.autograd.grad(value, list(trainable.values()), allow_unused=True)
+        except InputError:
+            raise
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UnsupportedModelError(
+                f"the control flow or a shape of {type(model).__name__} depends on the values of its data "
+                f"({_reason(error)}), at {_user_line(error)}; expected a step whose operators depend on shapes alone: "
+                "replace the branch by torch.where or an argument"
+            ) from error
+        except Exception as error:
+            if recorder.phase is Phase.BACKWARD:
+                raise UnsupportedModelError(
+                    f"the backward pass of {type(model).__name__} failed: {type(error).__name__}: {error}"
+                ) from error
+            raise InputError(
+                f"{type(model).__name__} refused the batch {_describe(batch)}: {type(error).__name__}: {error} "
+                f"(at {_user_line(error)}); expected a mapping of the forward's arguments, a tuple, or a tensor"
+            ) from error
+        return Trace(
+            model=type(model).__name__,
+            graph=recorder.graph,
+            gradients={
+                name: None if gradient is None else recorder.node_of(gradient)
+                for name, gradient in zip(trainable, gradients, strict=True)
+            },
+            loss=recorder.node_of(value),
+        )
+
+
+class _Recorder(OperatorMode):
+    """Builds the torch.fx graph as operators run.
+
+    Tensors are told apart by identity, and all are kept until the end so that no identity is used twice. A read
+    depends on the node that made the tensor and on the last write into its storage, through whichever view: writes
+    into views of one storage are so ordered after each other, as autograd itself orders them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = torch.fx.Graph()
+        self.phase = Phase.FORWARD
+        self._nodes: dict[int, torch.fx.Node] = {}
+        self._kept: list[Any] = []
+        self._last_write: dict[int, torch.fx.Node] = {}
+        self._module_stack: list[str] = []
+        self._module_of_sequence: dict[int, str] = {}
+
+    def add_input(self, name: str, tensor: torch.Tensor, phase: Phase, module: str) -> torch.fx.Node:
+        """A tensor that was there before the step."""
+        node = self.graph.placeholder(name.replace(".", "_") or "input")
+        call = Call(str(phase), (), (), (tensor_type(tensor),))
+        node.meta.update(name=name, call=call, phase=phase, module=module, after=())
+        self._keep(tensor, node)
+        return node
+
+    def node_of(self, tensor: torch.Tensor) -> torch.fx.Node:
+        """The node that made ``tensor``; a tensor never seen before is a constant of the model's code."""
+        node = self._nodes.get(id(tensor))
+        return self.add_input("constant", tensor, Phase.CONSTANT, self._module()) if node is None else node
+
+    def observe(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        if result is None and not func._schema.is_mutable:
+            return
+        node_args = pytree.tree_map_only(torch.Tensor, self.node_of, args)
+        node_kwargs = pytree.tree_map_only(torch.Tensor, self.node_of, kwargs)
+        read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        writes = [self._last_write.get(_storage(tensor)) for tensor in read]
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        module = self._module()
+        node.meta.update(
+            call=describe_call(func, args, kwargs, result),
+            phase=self.phase,
+            module=module,
+            after=tuple(dict.fromkeys(write for write in writes if write is not None)),
+        )
+        for written in _written(func, args, kwargs):
+            self._last_write[_storage(written)] = node
+        outputs = outputs_of(result)
+        if not isinstance(result, (tuple, list)):
+            if isinstance(result, torch.Tensor):
+                self._keep(result, node)
+            return
+        for position, output in enumerate(outputs):
+            if isinstance(output, torch.Tensor):
+                part = self.graph.call_function(operator.getitem, (node, position))
+                call = Call(GETITEM, (position,), (), (tensor_type(output),))
+                part.meta.update(call=call, phase=self.phase, module=module, after=())
+                self._keep(output, part)
+
+    def _keep(self, tensor: torch.Tensor, node: torch.fx.Node) -> None:
+        self._nodes[id(tensor)] = node
+        self._kept.append(tensor)
+
+    def _module(self) -> str:
+        """The module that runs now. A backward operator belongs to the module whose forward made its autograd node,
+        found by the sequence number which autograd gives to each."""
+        autograd_node = torch._C._current_autograd_node()
+        if autograd_node is not None:
+            return self._module_of_sequence.get(autograd_node._sequence_nr(), "")
+        module = self._module_stack[-1] if self._module_stack else ""
+        self._module_of_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, module)
+        return module
+
+    @contextmanager
+    def modules_of(self, model: torch.nn.Module) -> Iterator[None]:
+        """Keeps the stack of the modules of ``model`` that are running."""
+        path = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: torch.nn.Module, args: Any) -> None:
+            if id(module) in path:
+                self._module_stack.append(path[id(module)])
+
+        def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if id(module) in path:
+                self._module_stack.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _written(
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[torch.Tensor]:
+    """The tensors that ``func`` writes into, as its schema declares."""
+    if not func._schema.is_mutable:
+        return
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def _fake(fake_mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without data in the place of ``tensor``, on the same device."""
+    if isinstance(tensor, FakeTensor):
+        with fake_mode:
+            return tensor.detach()
+    return fake_mode.from_tensor(tensor, static_shapes=True).detach()
+
+
+def _fake_parameter(fake_mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nn.Parameter(_fake(fake_mode, tensor), requires_grad=tensor.is_floating_point())
+
+
+def _plain(batch: Any) -> Any:
+    """Mappings of any class (such as transformers' BatchEncoding) as dicts, which pytree knows."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _batch_name(path: Sequence[Any]) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "0"
+
+
+def _describe(batch: Any) -> str:
+    """Shapes and dtypes of a batch, for messages."""
+    return str(
+        pytree.tree_map_only(
+            torch.Tensor, lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}", _plain(batch)
+        )
+    )
+
+
+def _reason(error: Exception) -> str:
+    operator_name = getattr(error, "func", None) or (error.args[0] if error.args else "")
+    return f"{operator_name}" or type(error).__name__
+
+
+_TORCH = Path(torch.__file__).parent
+_HERE = Path(__file__).parent
+
+
+def _user_line(error: BaseException) -> str:
+    """Where in the model's own code an error arose: ``file:line: code``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        file = Path(frame.filename)
+        if not file.is_relative_to(_TORCH) and not file.is_relative_to(_HERE):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "a line outside of the model's code"
+
+
+@contextmanager
+def _unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Puts back what running the model's own code may change: attributes of its modules, random states, caches."""
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    containers = [
+        (value, copy.copy(value))
+        for _, values in attributes
+        for value in values.values()
+        if isinstance(value, (dict, list, set))
+    ]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for container, content in containers:
+            _refill(container, content)
+        for module, values in attributes:
+            _refill(module.__dict__, values)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Gives a container its former content, and leaves one that did not change alone."""
+    if isinstance(container, list):
+        if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+            container[:] = content
+    elif isinstance(container, set):
+        container.intersection_update(content)
+        container.update(content)
+    elif len(container) != len(content) or any(
+        key not in container or container[key] is not value for key, value in content.items()
+    ):
+        container.clear()
+        container.update(content)

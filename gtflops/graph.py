@@ -1,0 +1,179 @@
+"""The tensor-level graph of one training step: what capture hands on. Immutable, serialisable, no torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from gtflops.operators import Argument, Call, TensorType
+
+if TYPE_CHECKING:
+    import networkx
+
+
+class Phase(StrEnum):
+    """When a node comes to be."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    BATCH = "batch"
+    CONSTANT = "constant"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+#: The op of a node that picks one output of an operator with several; priced where the price is by output.
+GETITEM = "getitem"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operator executed (or one tensor that was there before), in execution order.
+
+    ``inputs`` are the indices of the nodes it depends on, by data or because they wrote into what it reads.
+    ``module`` is the path of the module that called it; a backward node bears its forward operator's module.
+    """
+
+    name: str
+    call: Call
+    inputs: tuple[int, ...]
+    phase: Phase
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A joint forward and backward graph.
+
+    ``gradients`` maps each parameter tensor that can be trained to the node that holds its gradient, or to ``None``
+    where the loss does not depend on it. Every node's inputs stand before it.
+    """
+
+    model: str
+    nodes: tuple[Node, ...]
+    gradients: Mapping[str, int | None]
+    loss: int
+
+    def parameter(self, name: str) -> Node:
+        """The node of the parameter tensor ``name``; KeyError if there is none."""
+        for node in self.nodes:
+            if node.phase is Phase.PARAMETER and node.name == name:
+                return node
+        raise KeyError(name)
+
+    @property
+    def batch(self) -> dict[str, TensorType]:
+        """Shapes and dtypes of the batch that was traced, by its key or position."""
+        return {
+            node.name: node.call.output for node in self.nodes if node.phase is Phase.BATCH
+        }
+
+    def to_networkx(self) -> "networkx.DiGraph[int]":
+        """A DiGraph: nodes by index with their ``name op phase module outputs``, edges with the ``tensor`` they carry.
+
+        An edge without a tensor (``None``) orders a read after the write it depends on.
+        """
+        import networkx
+
+        digraph: networkx.DiGraph[int] = networkx.DiGraph(model=self.model)
+        for index, node in enumerate(self.nodes):
+            digraph.add_node(
+                index,
+                name=node.name,
+                op=node.call.op,
+                phase=str(node.phase),
+                module=node.module,
+                outputs=node.call.outputs,
+            )
+            for source in node.inputs:
+                outputs = self.nodes[source].call.outputs
+                digraph.add_edge(source, index, tensor=outputs[0] if len(outputs) == 1 else None)
+        return digraph
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; equal calls are written once."""
+        calls: dict[Call, int] = {}
+        modules: dict[str, int] = {}
+        nodes = [
+            [
+                node.name,
+                calls.setdefault(node.call, len(calls)),
+                list(node.inputs),
+                str(node.phase),
+                modules.setdefault(node.module, len(modules)),
+            ]
+            for node in self.nodes
+        ]
+        return {
+            "model": self.model,
+            "modules": list(modules),
+            "calls": [_call_to_json(call) for call in calls],
+            "nodes": nodes,
+            "gradients": dict(self.gradients),
+            "loss": self.loss,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Graph":
+        """The inverse of :meth:`to_json`. Raises ValueError, KeyError or TypeError on data it did not write."""
+        calls = [_call_from_json(call) for call in data["calls"]]
+        modules = [str(module) for module in data["modules"]]
+        nodes: list[Node] = []
+        for name, call, inputs, phase, module in data["nodes"]:
+            if any(not 0 <= source < len(nodes) for source in inputs):
+                raise ValueError(f"node {name!r} has an input that does not stand before it")
+            nodes.append(Node(str(name), calls[call], tuple(inputs), Phase(phase), modules[module]))
+        gradients: dict[str, int | None] = dict(data["gradients"])
+        loss = data["loss"]
+        for index in (*gradients.values(), loss):
+            if index is not None and not 0 <= index < len(nodes):
+                raise ValueError(f"there is no node {index}")
+        return cls(str(data["model"]), tuple(nodes), gradients, loss)
+
+
+def _call_to_json(call: Call) -> list[Any]:
+    return [
+        call.op,
+        [_argument_to_json(argument) for argument in call.args],
+        {name: _argument_to_json(value) for name, value in call.kwargs},
+        [_argument_to_json(output) for output in call.outputs],
+    ]
+
+
+def _call_from_json(data: Sequence[Any]) -> Call:
+    op, args, kwargs, outputs = data
+    types = tuple(_argument_from_json(output) for output in outputs)
+    if not all(output is None or isinstance(output, TensorType) for output in types):
+        raise ValueError(f"{op}: its outputs are {outputs!r}, expected tensors")
+    return Call(
+        str(op),
+        tuple(_argument_from_json(argument) for argument in args),
+        tuple((str(name), _argument_from_json(value)) for name, value in kwargs.items()),
+        types,  # type: ignore[arg-type]  # checked above
+    )
+
+
+def _argument_to_json(argument: Argument) -> Any:
+    """A tensor becomes ``{"dtype": shape}``, so that it cannot be taken for a list of integers; an infinity or NaN,
+    which JSON lacks, ``{"float": text}``."""
+    if isinstance(argument, TensorType):
+        return {argument.dtype: list(argument.shape)}
+    if isinstance(argument, tuple):
+        return [_argument_to_json(item) for item in argument]
+    if isinstance(argument, float) and not math.isfinite(argument):
+        return {"float": str(argument)}
+    return argument
+
+
+def _argument_from_json(data: Any) -> Argument:
+    if isinstance(data, dict):
+        ((dtype, shape),) = data.items()
+        if isinstance(shape, str):
+            return float(shape)
+        return TensorType(tuple(int(size) for size in shape), str(dtype))
+    if isinstance(data, list):
+        return tuple(_argument_from_json(item) for item in data)
+    if data is None or isinstance(data, (bool, int, float, str)):
+        return data
+    raise ValueError(f"{data!r} is no operator argument")

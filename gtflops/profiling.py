@@ -1,0 +1,462 @@
+"""Graph + operator table -> Profile: what a training step costs, exactly, for any choice of trainable tensors."""
+
+import difflib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from gtflops import _core
+from gtflops.errors import InputError, SavedFileError
+from gtflops.graph import GETITEM, Graph, Node, Phase
+from gtflops.operators import Flops, FlopsByOutput, price
+
+if TYPE_CHECKING:
+    import torch
+
+    from gtflops.capture.tracing import Loss
+
+FORMAT = "gtflops-profile"
+FORMAT_VERSION = 1
+
+Ops: TypeAlias = Literal["all", "matmul"]
+
+
+@runtime_checkable
+class HasParameters(Protocol):
+    """A model, as far as a profile needs to know one."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Any]]: ...
+
+
+#: Names, a bool array aligned with ``profile.tensors``, a model (its ``requires_grad``), ``"all"`` or ``"none"``.
+Trainable: TypeAlias = "Iterable[str] | npt.NDArray[np.bool_] | HasParameters | Literal['all', 'none']"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCost:
+    """A parameter tensor that can be trained, and what its gradient costs (FLOPs, both columns).
+
+    ``dw_flops``: backward operators that only this tensor's gradient needs. ``dy_flops``: activation-gradient
+    operators that it adds to what the tensors nearer to the loss already need. ``has_gradient`` is false where the
+    loss does not depend on the tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    dtype: str
+    module: str
+    dw_flops: int
+    dy_flops: int
+    has_gradient: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """FLOPs of one training step."""
+
+    forward: int
+    backward: int
+    recompute: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward + self.recompute
+
+
+@dataclass(frozen=True, slots=True)
+class UnsupportedOperator:
+    """An operator without a price: its name, how often it ran, and the modules it ran in (the first few)."""
+
+    name: str
+    count: int
+    where: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The cost of one training step, for every selection of trainable tensors.
+
+    ``prices`` has two rows, matrix products and everything else, and a column for each node of ``graph``; a
+    selection's backward cost is the sum over the nodes that its gradients depend on (its closure), which is what
+    autograd executes. ``notes`` say what was assumed; ``versions`` what made the profile.
+
+    >>> import gtflops, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(5, 1, bias=False))
+    >>> profile = gtflops.profile(model, torch.ones(7, 3), loss=lambda y, x: y.sum())
+    >>> profile.step_flops("all", ops="matmul")       # 2 * 7 * (3*5 + 5*1), and backward: both dw, one dy
+    StepFlops(forward=280, backward=350, recompute=0)
+    >>> profile.step_flops(["1.weight"], ops="matmul").backward
+    70
+    """
+
+    graph: Graph
+    prices: npt.NDArray[np.int64]
+    unsupported: tuple[UnsupportedOperator, ...]
+    notes: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def from_graph(cls, graph: Graph, notes: Iterable[str] = (), versions: Mapping[str, str] | None = None) -> "Profile":
+        """Price every node of a graph by the operator table."""
+        prices = np.zeros((2, len(graph.nodes)), dtype=np.int64)
+        cache: dict[int, Flops | FlopsByOutput | None] = {}  # equal calls of a graph are one object
+        where: dict[str, Counter[str]] = {}
+        for index, node in enumerate(graph.nodes):
+            if node.phase not in (Phase.FORWARD, Phase.BACKWARD):
+                continue
+            if node.call.op == GETITEM:
+                (position,) = node.call.args
+                made_by = cache[id(graph.nodes[node.inputs[0]].call)]
+                if isinstance(made_by, FlopsByOutput):
+                    assert isinstance(position, int)
+                    prices[:, index] = made_by.outputs[position]
+                continue
+            if id(node.call) not in cache:
+                cache[id(node.call)] = price(node.call)
+            cost = cache[id(node.call)]
+            if cost is None:
+                where.setdefault(node.call.op, Counter())[node.module] += 1
+            else:
+                prices[:, index] = cost.shared if isinstance(cost, FlopsByOutput) else cost
+        prices.flags.writeable = False
+        unsupported = tuple(
+            UnsupportedOperator(op, counts.total(), tuple(module for module, _ in counts.most_common(3)))
+            for op, counts in sorted(where.items())
+        )
+        unused = [name for name, gradient in graph.gradients.items() if gradient is None]
+        all_notes = list(notes)
+        if unused:
+            all_notes.append(f"the loss does not depend on {len(unused)} tensors, first {unused[0]}")
+        return cls(graph, prices, unsupported, tuple(all_notes), dict(versions or {"gtflops": version("gtflops")}))
+
+    # --- the tensors, in backward order -------------------------------------------------------------------------
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors in backward order: by when their gradient is computed; those without one last."""
+        end = len(self.graph.nodes)
+        gradients = self.graph.gradients
+        return tuple(
+            sorted(gradients, key=lambda name: end if (node := gradients[name]) is None else node)
+        )
+
+    @cached_property
+    def tensors(self) -> tuple[TensorCost, ...]:
+        """Every tensor that can be trained, in backward order."""
+        nodes = {node.name: node for node in self.graph.nodes if node.phase is Phase.PARAMETER}
+        return tuple(
+            TensorCost(
+                name=name,
+                shape=nodes[name].call.output.shape,
+                numel=nodes[name].call.output.numel,
+                dtype=nodes[name].call.output.dtype,
+                module=nodes[name].module,
+                dw_flops=int(dw),
+                dy_flops=int(dy),
+                has_gradient=self.graph.gradients[name] is not None,
+            )
+            for name, dw, dy in zip(self.names, self.t_dw, self.t_dy, strict=True)
+        )
+
+    @cached_property
+    def t_dw(self) -> npt.NDArray[np.int64]:
+        """FLOPs of the backward operators that only a tensor's own gradient needs, aligned with ``tensors``."""
+        return self._chain_costs[0]
+
+    @cached_property
+    def t_dy(self) -> npt.NDArray[np.int64]:
+        """FLOPs of the activation gradients that a tensor adds to the tensors before it, aligned with ``tensors``."""
+        return self._chain_costs[1]
+
+    @cached_property
+    def _chain_costs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        segments = self._segments
+        cost = segments.costs.sum(axis=0)
+        t_dw = np.zeros(len(self.names), dtype=np.int64)
+        t_dy = np.zeros(len(self.names), dtype=np.int64)
+        for segment, needed_by in enumerate(segments.needed_by):
+            nearest = (needed_by & -needed_by).bit_length() - 1
+            if needed_by == 1 << nearest:
+                t_dw[nearest] += cost[segment]
+            else:
+                t_dy[nearest] += cost[segment]
+        t_dw.flags.writeable = t_dy.flags.writeable = False
+        return t_dw, t_dy
+
+    # --- costs --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def forward_flops(self) -> int:
+        """``T_fp``: FLOPs of the forward pass, loss included."""
+        return int(self._forward.sum())
+
+    @cached_property
+    def full_flops(self) -> int:
+        """``T_full``: FLOPs of a step with every tensor trained."""
+        return self.step_flops("all").total
+
+    @cached_property
+    def _forward(self) -> npt.NDArray[np.int64]:
+        forward = np.array([node.phase is Phase.FORWARD for node in self.graph.nodes], dtype=bool)
+        return np.asarray(self.prices[:, forward].sum(axis=1))
+
+    @cached_property
+    def _segments(self) -> "_Segments":
+        return _Segments.of(self)
+
+    @cached_property
+    def _closure(self) -> _core.ClosureCosts:
+        return self._segments.closure_costs()
+
+    def step_flops(self, trainable: Trainable, ops: Ops = "all") -> StepFlops:
+        """FLOPs of one training step in which exactly ``trainable`` receives gradients.
+
+        ``ops="matmul"`` counts matrix products only, PyTorch's own convention; ``"all"`` everything that has a
+        price (see ``unsupported``). Time is linear in the number of distinct stretches of the backward pass: some
+        ten microseconds. InputError for a name that the profile does not have or a mask of the wrong length.
+        """
+        if ops not in ("all", "matmul"):
+            raise InputError(f"ops is {ops!r}, expected 'all' or 'matmul'")
+        forward, backward = self._forward, self._closure.cost(self.mask(trainable))
+        if ops == "matmul":
+            return StepFlops(int(forward[0]), int(backward[0]), 0)
+        return StepFlops(int(forward[0] + forward[1]), int(backward[0] + backward[1]), 0)
+
+    def mask(self, trainable: Trainable) -> npt.NDArray[np.bool_]:
+        """``trainable`` as a bool array aligned with ``tensors``."""
+        if isinstance(trainable, np.ndarray):
+            if trainable.dtype != np.bool_ or trainable.shape != (len(self.names),):
+                raise InputError(
+                    f"the mask has dtype {trainable.dtype} and shape {trainable.shape}, "
+                    f"expected bool and ({len(self.names)},)"
+                )
+            return trainable
+        if isinstance(trainable, str):
+            if trainable not in ("all", "none"):
+                raise InputError(f"trainable is {trainable!r}, expected 'all', 'none', names, a bool array or a model")
+            return np.full(len(self.names), trainable == "all")
+        if isinstance(trainable, HasParameters):
+            trainable = [name for name, tensor in trainable.named_parameters() if tensor.requires_grad]
+        mask = np.zeros(len(self.names), dtype=np.bool_)
+        for name in trainable:
+            position = self._position.get(name)
+            if position is None:
+                close = difflib.get_close_matches(str(name), self.names, n=3, cutoff=0.3)
+                raise InputError(
+                    f"the profile of {self.graph.model} has no tensor {name!r}; nearest: {', '.join(close) or 'none'}"
+                )
+            mask[position] = True
+        return mask
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self.names)}
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, versioned."""
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "versions": dict(self.versions),
+            "notes": list(self.notes),
+            "unsupported": [[op.name, op.count, list(op.where)] for op in self.unsupported],
+            "graph": self.graph.to_json(),
+            "matmul": self.prices[0].tolist(),
+            "other": self.prices[1].tolist(),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile as JSON, whole or not at all."""
+        write_whole(Path(path), json.dumps(self.to_json(), allow_nan=False, separators=(",", ":")))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Profile":
+        """Read what :meth:`save` wrote; needs no torch and executes nothing.
+
+        SavedFileError where the file is no profile, damaged, or of another version of the format; InputError where
+        there is no file.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; expected a file written by profile.save") from error
+        except UnicodeDecodeError as error:
+            raise SavedFileError(f"{path} is no text, expected a profile written by profile.save") from error
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SavedFileError(
+                f"{path} is not whole JSON (line {error.lineno}, column {error.colno} of {len(text)} characters): "
+                "it was cut off or is no profile; profile the model again"
+            ) from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise SavedFileError(f"{path} is no gtflops profile, expected a file written by profile.save")
+        if data.get("version") != FORMAT_VERSION:
+            raise SavedFileError(
+                f"{path} has version {data.get('version')!r} of the profile format, this gtflops reads version "
+                f"{FORMAT_VERSION}; profile the model again, or use gtflops {data.get('versions', {}).get('gtflops')}"
+            )
+        try:
+            graph = Graph.from_json(data["graph"])
+            prices = np.array([data["matmul"], data["other"]], dtype=np.int64)
+            if prices.shape != (2, len(graph.nodes)) or (prices < 0).any():
+                raise ValueError(f"prices of shape {prices.shape} for {len(graph.nodes)} nodes")
+            prices.flags.writeable = False
+            unsupported = tuple(UnsupportedOperator(name, count, tuple(where)) for name, count, where in data["unsupported"])
+            return cls(graph, prices, unsupported, tuple(data["notes"]), dict(data["versions"]))
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise SavedFileError(f"{path} is damaged ({type(error).__name__}: {error}); profile the model again") from error
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write a report by the suffix of ``path``: .html (one self-contained file), .md or .json."""
+        from gtflops.report import write
+
+        write(Path(path), self)
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Backward operators merged by the set of tensors that need them.
+
+    ``needed_by[s]`` has bit k set where tensor k (in backward order) needs segment s; ``costs`` is int64
+    [2, segments]; segments stand in an order in which each depends on earlier ones only.
+    """
+
+    num_tensors: int
+    needed_by: tuple[int, ...]
+    dependencies: tuple[tuple[int, ...], ...]
+    gradient_of: tuple[tuple[int, ...], ...]
+    costs: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, profile: Profile) -> "_Segments":
+        """Time and memory O(nodes x tensors / 64): the sets are integers, one bit a tensor."""
+        nodes = profile.graph.nodes
+        needed_by = [0] * len(nodes)
+        for position, name in enumerate(profile.names):
+            gradient = profile.graph.gradients[name]
+            if gradient is not None:
+                needed_by[gradient] |= 1 << position
+        for index in range(len(nodes) - 1, -1, -1):
+            if needed_by[index] and nodes[index].phase is Phase.BACKWARD:
+                for source in nodes[index].inputs:
+                    needed_by[source] |= needed_by[index]
+        backward = [index for index, node in enumerate(nodes) if node.phase is Phase.BACKWARD and needed_by[index]]
+        # What a node depends on is needed by whoever needs the node, and by more where the sets differ: larger
+        # sets first is an order in which dependencies stand before.
+        sets = sorted({needed_by[index] for index in backward}, key=lambda tensors: (-tensors.bit_count(), tensors))
+        segment_of = {tensors: segment for segment, tensors in enumerate(sets)}
+        dependencies: list[set[int]] = [set() for _ in sets]
+        costs = np.zeros((2, len(sets)), dtype=np.int64)
+        for index in backward:
+            segment = segment_of[needed_by[index]]
+            costs[:, segment] += profile.prices[:, index]
+            dependencies[segment].update(
+                segment_of[needed_by[source]] for source in nodes[index].inputs if nodes[source].phase is Phase.BACKWARD
+            )
+            dependencies[segment].discard(segment)
+        gradients = (profile.graph.gradients[name] for name in profile.names)
+        return cls(
+            num_tensors=len(profile.names),
+            needed_by=tuple(sets),
+            dependencies=tuple(tuple(sorted(sources)) for sources in dependencies),
+            gradient_of=tuple(
+                () if node is None or nodes[node].phase is not Phase.BACKWARD else (segment_of[needed_by[node]],)
+                for node in gradients
+            ),
+            costs=costs,
+        )
+
+    def closure_costs(self) -> _core.ClosureCosts:
+        return _core.ClosureCosts(*_csr(self.dependencies), *_csr(self.gradient_of), self.costs)
+
+
+def _csr(lists: tuple[tuple[int, ...], ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Offsets and concatenation of integer lists."""
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
+    return offsets, np.array([item for items in lists for item in items], dtype=np.int64)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by way of a temporary one beside it, so that it is never seen half written."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                temporary.unlink()
+                raise
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; expected a file in a writable folder") from error
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def profile(
+    model: "torch.nn.Module | str | os.PathLike[str]",
+    batch: Any = None,
+    loss: "Loss | None" = None,
+    *,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    attention: Literal["eager", "sdpa"] = "eager",
+) -> Profile:
+    """What one training step of a model costs, for every choice of trainable tensors, from one trace.
+
+    Either ``profile(model, batch, loss=None)`` with an ``nn.Module`` (real, fake or meta parameters) and a batch
+    (a mapping of the forward's arguments, a tuple, or a tensor); ``loss(outputs, batch)`` gives a scalar tensor,
+    ``outputs.loss`` without it. The model is left as it was, to the bit. Or ``profile(name, batch_size=,
+    seq_len=)`` with a local folder, a preset or a Hugging Face id: only the architecture is built, without weights.
+
+    Raises InputError for arguments that do not fit, UnsupportedModelError where the model cannot be captured.
+
+    >>> import gtflops
+    >>> gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128).step_flops("all", ops="matmul").forward
+    130056978432
+    """
+    # Capture is the one stage that needs torch, and a saved profile is read without it.
+    import torch
+
+    from gtflops.capture import architecture, trace
+
+    notes: tuple[str, ...] = ()
+    versions = {package: version(package) for package in ("gtflops", "torch", "transformers")}
+    if isinstance(model, torch.nn.Module):
+        if batch is None or batch_size is not None or seq_len is not None:
+            raise InputError("a model is profiled on a batch: expected profile(model, batch, loss=None)")
+        captured = trace(model, batch, loss)
+        if any(tensor.is_meta for tensor in model.parameters()):
+            notes = ("parameters are on the meta device, where attention runs in its unfused form",)
+    elif isinstance(model, (str, os.PathLike)):
+        if batch is not None or batch_size is None or seq_len is None:
+            raise InputError("a model is profiled by name on sizes: expected profile(name, batch_size=4, seq_len=512)")
+        built = architecture(os.fspath(model), batch_size=batch_size, seq_len=seq_len, attention=attention)
+        captured, notes = trace(built.model, built.batch, loss), built.notes
+    else:
+        raise InputError(f"model is a {type(model).__name__}, expected a torch.nn.Module or a name")
+    return Profile.from_graph(captured.to_graph(), notes, versions)
