@@ -436,8 +436,11 @@ def profile(
     Raises InputError for arguments that do not fit, UnsupportedModelError where the model cannot be captured.
 
     >>> import gtflops
-    >>> gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128).step_flops("all", ops="matmul").forward
-    130056978432
+    >>> step = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128).step_flops("all", ops="matmul")
+    >>> layer = 2 * 4 * 128 * (4 * 768 * 768 + 2 * 768 * 3072) + 2 * 2 * 4 * 128 * 128 * 768  # linear, attention
+    >>> head = 2 * 4 * 128 * 768 * 50272
+    >>> step.forward == 12 * layer + head, step.backward == 2 * step.forward
+    (True, True)
     """
     # Capture is the one stage that needs torch, and a saved profile is read without it.
     import torch

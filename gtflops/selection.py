@@ -134,7 +134,7 @@ def _budget_flops(profile: Profile, budget: float | None, budget_flops: int | No
     if budget_flops is not None:
         if not isinstance(budget_flops, (int, np.integer)) or isinstance(budget_flops, bool) or budget_flops <= 0:
             raise InputError(f"budget_flops is {budget_flops!r}, expected a positive integer")
-        return min(int(budget_flops), profile.full_flops)  # nothing costs more than a full step
+        return int(budget_flops)
     share = 0.5 if budget is None else budget
     if isinstance(share, bool) or not isinstance(share, (int, float, np.floating)) or not 0 < share <= 1:
         raise InputError(f"budget is {share!r}, expected a share of a full step in (0, 1]")
@@ -144,7 +144,8 @@ def _budget_flops(profile: Profile, budget: float | None, budget_flops: int | No
 def _values(profile: Profile, importance: Mapping[str, float]) -> npt.NDArray[np.float64]:
     """Importances aligned with ``profile.tensors``; 0 for tensors that the loss does not depend on."""
     missing = [name for name in profile.names if name not in importance]
-    unknown = [name for name in importance if name not in set(profile.names)]
+    known = set(profile.names)
+    unknown = [name for name in importance if name not in known]
     if missing or unknown:
         parts = []
         if missing:

@@ -2,6 +2,17 @@
 
 from gtflops.capture.architectures import Architecture, architecture, presets
 from gtflops.capture.dispatch import ExecutedFlops
-from gtflops.capture.tracing import Loss, Trace, call_model, loss_of, trace
+from gtflops.capture.tracing import Loss, Trace, batch_types, call_model, loss_of, trace
 
-__all__ = ["Architecture", "ExecutedFlops", "Loss", "Trace", "architecture", "call_model", "loss_of", "presets", "trace"]
+__all__ = [
+    "Architecture",
+    "ExecutedFlops",
+    "Loss",
+    "Trace",
+    "architecture",
+    "batch_types",
+    "call_model",
+    "loss_of",
+    "presets",
+    "trace",
+]

@@ -5,17 +5,14 @@ order, dead forward operators included (``make_fx`` removes those, and takes sev
 of the user's model is touched: fake ones stand in for its parameters and buffers while it runs.
 """
 
-import copy
 import operator
-import random
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.fx
 from torch._guards import detect_fake_mode
@@ -30,9 +27,10 @@ from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
 from gtflops.capture.dispatch import OperatorMode, describe_call, outputs_of, tensor_type
+from gtflops.capture.unchanged import unchanged
 from gtflops.errors import InputError, UnsupportedModelError
 from gtflops.graph import GETITEM, Graph, Node, Phase
-from gtflops.operators import Call
+from gtflops.operators import Call, TensorType
 
 #: A function of (model outputs, batch) that gives a scalar tensor.
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -117,7 +115,7 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
         )
     fake_mode = detect_fake_mode(list(parameters.values())) or FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
-        stack.enter_context(_unchanged(model))
+        stack.enter_context(unchanged(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         fake = {name: _fake_parameter(fake_mode, tensor) for name, tensor in parameters.items()}
@@ -133,9 +131,8 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
             recorder.add_input(name, tensor, Phase.PARAMETER, name.rpartition(".")[0])
         for name, tensor in fake_buffers.items():
             recorder.add_input(name, tensor, Phase.BUFFER, name.rpartition(".")[0])
-        for path, leaf in pytree.tree_leaves_with_path(fake_batch):
-            if isinstance(leaf, torch.Tensor):
-                recorder.add_input(_batch_name(path), leaf, Phase.BATCH, "")
+        for name, tensor in _batch_tensors(fake_batch):
+            recorder.add_input(name, tensor, Phase.BATCH, "")
         stack.enter_context(fake_mode)
         stack.enter_context(
             stateless._reparametrize_module(model, {**fake, **fake_buffers}, tie_weights=True)  # type: ignore[dict-item]
@@ -305,8 +302,16 @@ def _plain(batch: Any) -> Any:
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
-def _batch_name(path: Sequence[Any]) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "0"
+def _batch_tensors(batch: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a batch by key or position."""
+    for path, leaf in pytree.tree_leaves_with_path(_plain(batch)):
+        if isinstance(leaf, torch.Tensor):
+            yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "0", leaf
+
+
+def batch_types(batch: Any) -> dict[str, TensorType]:
+    """Shapes and dtypes of the tensors of a batch, named as in :attr:`gtflops.graph.Graph.batch`."""
+    return {name: tensor_type(tensor) for name, tensor in _batch_tensors(batch)}
 
 
 def _describe(batch: Any) -> str:
@@ -335,41 +340,3 @@ def _user_line(error: BaseException) -> str:
         if not file.is_relative_to(_TORCH) and not file.is_relative_to(_HERE):
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return "a line outside of the model's code"
-
-
-@contextmanager
-def _unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Puts back what running the model's own code may change: attributes of its modules, random states, caches."""
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    containers = [
-        (value, copy.copy(value))
-        for _, values in attributes
-        for value in values.values()
-        if isinstance(value, (dict, list, set))
-    ]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for container, content in containers:
-            _refill(container, content)
-        for module, values in attributes:
-            _refill(module.__dict__, values)
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Gives a container its former content, and leaves one that did not change alone."""
-    if isinstance(container, list):
-        if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
-            container[:] = content
-    elif isinstance(container, set):
-        container.intersection_update(content)
-        container.update(content)
-    elif len(container) != len(content) or any(
-        key not in container or container[key] is not value for key, value in content.items()
-    ):
-        container.clear()
-        container.update(content)

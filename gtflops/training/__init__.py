@@ -1,0 +1,5 @@
+"""The thin training loop; needs torch."""
+
+from gtflops.training.loop import GreenTrainer, SelectionRecord, StepRecord, TrainingLog
+
+__all__ = ["GreenTrainer", "SelectionRecord", "StepRecord", "TrainingLog"]
