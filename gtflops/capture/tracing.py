@@ -5,7 +5,9 @@ order, dead forward operators included (``make_fx`` removes those, and takes sev
 of the user's model is touched: fake ones stand in for its parameters and buffers while it runs.
 """
 
+import logging
 import operator
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -134,6 +136,7 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
         for name, tensor in _batch_tensors(fake_batch):
             recorder.add_input(name, tensor, Phase.BATCH, "")
         stack.enter_context(fake_mode)
+        stack.enter_context(_without_log(logging.getLogger("torch._subclasses.fake_tensor")))
         stack.enter_context(
             stateless._reparametrize_module(model, {**fake, **fake_buffers}, tie_weights=True)  # type: ignore[dict-item]
         )
@@ -158,8 +161,8 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
                     f"the backward pass of {type(model).__name__} failed: {type(error).__name__}: {error}"
                 ) from error
             raise InputError(
-                f"{type(model).__name__} refused the batch {_describe(batch)}: {type(error).__name__}: {error} "
-                f"(at {_user_line(error)}); expected a mapping of the forward's arguments, a tuple, or a tensor"
+                f"{type(model).__name__} refused the batch {_describe(batch)}: {type(error).__name__}: {error}, "
+                f"at {_user_line(error)}; expected a mapping of the forward's arguments, a tuple, or a tensor"
             ) from error
         return Trace(
             model=type(model).__name__,
@@ -192,7 +195,7 @@ class _Recorder(OperatorMode):
 
     def add_input(self, name: str, tensor: torch.Tensor, phase: Phase, module: str) -> torch.fx.Node:
         """A tensor that was there before the step."""
-        node = self.graph.placeholder(name.replace(".", "_") or "input")
+        node = self.graph.placeholder(f"{phase}_" + re.sub(r"\W", "_", name))
         call = Call(str(phase), (), (), (tensor_type(tensor),))
         node.meta.update(name=name, call=call, phase=phase, module=module, after=())
         self._keep(tensor, node)
@@ -333,10 +336,23 @@ _HERE = Path(__file__).parent
 
 
 def _user_line(error: BaseException) -> str:
-    """Where in the model's own code an error arose: ``file:line: code``."""
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        file = Path(frame.filename)
-        if not file.is_relative_to(_TORCH) and not file.is_relative_to(_HERE):
+    """Where in the model's own code an error arose, ``file:line: code``; in torch's where the model has none."""
+    frames = list(reversed(traceback.extract_tb(error.__traceback__)))
+    modules = _TORCH / "nn" / "modules"
+    for frame in frames:
+        if not Path(frame.filename).is_relative_to(_TORCH) and not Path(frame.filename).is_relative_to(_HERE):
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
-    return "a line outside of the model's code"
+        if Path(frame.filename).parent == modules and Path(frame.filename).name != "module.py":
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return f"{frames[0].filename}:{frames[0].lineno}: {frames[0].line}"
+
+
+@contextmanager
+def _without_log(logger: logging.Logger) -> Iterator[None]:
+    """What fails on fake tensors is raised to the user with its reason; the log would print it a second time."""
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before

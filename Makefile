@@ -1,0 +1,53 @@
+# Each target makes its own .venv when there is none, or when what it was made from has changed.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# Two busy threads on two shared cores are slower than one, and results depend on the number of threads.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
+BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
+
+.PHONY: install demo test test-cpp bench lint format docs clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: $(BUILT_FROM)
+	python3 -m venv $(VENV)
+	# torch by its exact version first: a range would bring the build for GPUs, gigabytes of it.
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt torch
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[demo,docs,lint,test]'
+	$(PYTHON) -m pip install --quiet --no-deps --requirement requirements-demo.txt
+	touch $@
+
+demo: install
+	$(PYTHON) -m gtflops demo
+
+test: install test-cpp
+	$(PYTHON) -m pytest -m 'not slow'
+
+test-cpp:
+	cmake -S . -B build/cpp -DGTFLOPS_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/cpp --parallel 2
+	ctest --test-dir build/cpp --output-on-failure
+
+bench: install
+	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -p no:doctest
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+docs: install
+	$(VENV)/bin/mkdocs build --strict
+
+clean:
+	rm -rf build dist site demo $(VENV) gtflops/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""``python -m gtflops``."""
+
+from gtflops.cli import main
+
+main()

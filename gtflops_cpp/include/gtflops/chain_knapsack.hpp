@@ -1,0 +1,59 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+namespace gtflops {
+
+/// Which tensors to train under a budget, in the chain form. Tensors are in backward order, index 0 nearest
+/// to the loss. A selection S costs its weight gradients and every activation gradient down to its deepest
+/// tensor:
+///
+///     sum of dw[k] over k in S  +  sum of dy[j] over j <= max(S)      (the empty selection costs 0)
+///
+/// and is worth the sum of its importances.
+struct ChainProblem {
+    std::span<const std::int64_t> dw;    // FLOPs, 0 or more
+    std::span<const std::int64_t> dy;    // FLOPs, 0 or more
+    std::span<const double> importance;  // finite; a tensor with 0 or less is never selected
+    std::int64_t capacity;               // FLOPs, 0 or more
+};
+
+struct ChainOptions {
+    /// How many partial selections may be recorded in one solve: the limit on memory (up to about 45 bytes
+    /// each) and on time. Instances from models need a few thousand.
+    std::size_t max_states = 20'000'000;
+
+    /// Asked every few milliseconds; true ends the solve with `Interrupted`.
+    std::function<bool()> interrupted;
+};
+
+struct ChainSolution {
+    std::vector<std::uint8_t> mask;  // 1: selected
+    double value;                    // sum of the selected importances, in index order
+    std::int64_t cost;               // as defined above; never more than the capacity
+    double upper_bound;              // no selection is worth more; equal to `value` when `optimal`
+    bool optimal;                    // proved; false only where `max_states` was too small
+};
+
+class Interrupted : public std::runtime_error {
+  public:
+    Interrupted() : std::runtime_error("interrupted") {}
+};
+
+/// The best selection that costs at most the capacity.
+///
+/// Costs are used as given, without quantisation. Importances become 62-bit fixed point, with one power of
+/// two for all, so that every comparison is exact: rounding moves the sum of n importances by less than n /
+/// 2^59 of the total of the positive ones, less than summing them as doubles may. Where several selections
+/// are best, the same one is returned on every run and every machine; which of them it is, is not specified.
+///
+/// Throws std::invalid_argument on malformed input, std::overflow_error where sum(dw) + sum(dy), or the sum
+/// of the positive importances, is out of range, `Interrupted` when asked to stop.
+ChainSolution solve_chain(const ChainProblem& problem, const ChainOptions& options = {});
+
+}  // namespace gtflops

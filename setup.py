@@ -1,0 +1,5 @@
+"""Builds the C++ extension through CMake; everything else is in pyproject.toml."""
+
+from setuptools import setup
+
+setup(cmake_source_dir=".")

@@ -1,0 +1,281 @@
+"""Capture: what is recorded, what is left alone, and what is refused with a reason."""
+
+import copy
+import random
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_models import build, padded_batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gtflops
+from gtflops.graph import Phase
+
+Output = namedtuple("Output", "loss")
+
+
+def squared(outputs: torch.Tensor, _: Any) -> torch.Tensor:
+    return outputs.square().mean()
+
+
+class Restless(torch.nn.Module):
+    """Changes everything that a forward can change: buffers, attributes, lists, random states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("average", torch.zeros(4))
+        self.calls = 0
+        self.seen: list[torch.Tensor] = []
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.linear(x))
+        self.steps += 1
+        self.average = 0.9 * self.average + 0.1 * y.detach().mean(0)
+        self.calls += 1
+        self.seen.append(y)
+        self.cache["y"] = y
+        self.flag = random.random() + float(np.random.rand())
+        return torch.nn.functional.dropout(y)
+
+
+def state_of(model: torch.nn.Module, batch: Any) -> Any:
+    """Everything that must not change, by value and by identity."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "identity": {name: id(tensor) for name, tensor in tensors.items()},
+        "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        "requires": {name: tensor.requires_grad for name, tensor in model.named_parameters()},
+        "gradients": {
+            name: None if tensor.grad is None else (id(tensor.grad), tensor.grad.clone())
+            for name, tensor in model.named_parameters()
+        },
+        "training": {name: module.training for name, module in model.named_modules()},
+        "attributes": {
+            name: {key: copy.copy(value) for key, value in vars(module).items() if not key.startswith("_")}
+            for name, module in model.named_modules()
+        },
+        "hooks": {name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()},
+        "batch": copy.deepcopy(batch),
+        "rng": (torch.get_rng_state(), random.getstate(), str(np.random.get_state())),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    }
+
+
+def assert_same(before: Any, after: Any) -> None:
+    if isinstance(before, torch.Tensor):
+        assert torch.equal(before, after)
+    elif isinstance(before, dict):
+        assert before.keys() == after.keys()
+        for key in before:
+            assert_same(before[key], after[key])
+    elif isinstance(before, (list, tuple)):
+        assert len(before) == len(after)
+        for one, other in zip(before, after, strict=True):
+            assert_same(one, other)
+    else:
+        assert before == after
+
+
+def test_the_model_is_left_bit_identical() -> None:
+    model, batch = Restless(), torch.randn(5, 4)
+    model.linear.bias.requires_grad_(False)
+    model(batch).sum().backward()
+    model.norm.eval()
+    model.linear.weight.register_hook(lambda gradient: gradient)
+    before = state_of(model, batch)
+    profile = gtflops.profile(model, batch, squared)
+    assert_same(before, state_of(model, batch))
+    assert profile.step_flops("all").backward > 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_does_not_matter(mode: Any) -> None:
+    model, batch = torch.nn.Linear(4, 4), torch.randn(5, 4)
+    expected = gtflops.profile(model, batch, squared).full_flops
+    with mode():
+        assert gtflops.profile(model, batch, squared).full_flops == expected
+
+
+def test_a_failing_forward_leaves_the_model_as_it_was() -> None:
+    class Fails(Restless):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError(f"after {super().forward(x).shape}")
+
+    model, batch = Fails(), torch.randn(5, 4)
+    before = state_of(model, batch)
+    with pytest.raises(gtflops.InputError, match="after"):
+        gtflops.profile(model, batch, squared)
+    assert_same(before, state_of(model, batch))
+
+
+def test_real_fake_and_meta_parameters_cost_the_same() -> None:
+    batch = padded_batch()
+    real = gtflops.profile(build("llama"), batch)
+    with torch.device("meta"):
+        meta = gtflops.profile(build("llama"), batch)
+    with FakeTensorMode():
+        fake_model = build("llama")
+    fake = gtflops.profile(fake_model, batch)
+    for profile in (meta, fake):
+        assert profile.names == real.names
+        assert profile.full_flops == real.full_flops
+        assert (profile.t_dw == real.t_dw).all()
+
+
+def test_batches_of_every_form() -> None:
+    class TwoInputs(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Any:
+            return Output(loss=self.linear(x if y is None else x + y).sum())
+
+    model, x = TwoInputs(), torch.randn(2, 3)
+    from transformers import BatchEncoding
+
+    with_addition = {
+        gtflops.profile(model, batch).full_flops
+        for batch in ((x, x), [x, x], {"x": x, "y": x}, BatchEncoding({"x": x, "y": x}))
+    }
+    assert len(with_addition) == 1
+    assert gtflops.profile(model, x).full_flops == with_addition.pop() - 6
+
+
+def test_dead_forward_operators_are_paid_for() -> None:
+    """Eager PyTorch executes what nobody uses, so it costs: make_fx would drop it."""
+
+    class Dead(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x @ x.T
+            return super().forward(x)
+
+    step = gtflops.profile(Dead(4, 4, bias=False), torch.ones(3, 4), squared).step_flops("all", ops="matmul")
+    assert step.forward == 2 * 3 * 4 * 4 + 2 * 3 * 4 * 3
+    assert step.backward == 2 * 3 * 4 * 4
+
+
+def test_nodes_bear_their_modules() -> None:
+    profile = gtflops.profile(build("llama"), padded_batch())
+    by_phase: dict[Phase, set[str]] = {Phase.FORWARD: set(), Phase.BACKWARD: set()}
+    for node in profile.graph.nodes:
+        if node.call.op == "aten.mm.default":
+            by_phase[node.phase].add(node.module)
+    linear = {name for name, module in build("llama").named_modules() if isinstance(module, torch.nn.Linear)}
+    assert by_phase[Phase.FORWARD] == by_phase[Phase.BACKWARD] == linear
+
+
+def test_the_graph_as_networkx() -> None:
+    import networkx
+
+    profile = gtflops.profile(build("gpt2"), padded_batch())
+    digraph = profile.graph.to_networkx()
+    assert networkx.is_directed_acyclic_graph(digraph)
+    assert digraph.number_of_nodes() == len(profile.graph.nodes)
+    gradient = profile.graph.gradients["transformer.wpe.weight"]
+    parameter = next(index for index, node in enumerate(profile.graph.nodes) if node.name == "transformer.wpe.weight")
+    assert digraph.nodes[gradient]["outputs"] == (profile.graph.nodes[parameter].call.output,)
+    ancestors = networkx.ancestors(digraph, gradient) | {gradient}
+    backward = sum(
+        int(profile.prices[:, index].sum()) for index in ancestors if digraph.nodes[index]["phase"] == "backward"
+    )
+    assert profile.step_flops(["transformer.wpe.weight"]).backward == backward
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_the_model_refuses() -> None:
+    with pytest.raises(gtflops.InputError, match=r"Linear refused the batch float32\[2, 5\].*linear\.py:") as raised:
+        gtflops.profile(torch.nn.Linear(4, 4), torch.ones(2, 5), squared)
+    assert "expected a mapping" in str(raised.value)
+
+
+def test_a_loss_that_is_not_scalar() -> None:
+    with pytest.raises(gtflops.InputError, match=r"shape \(2, 4\), expected a scalar"):
+        gtflops.profile(torch.nn.Linear(4, 4), torch.ones(2, 4), lambda y, _: y)
+
+
+def test_a_loss_that_needs_no_gradient() -> None:
+    with pytest.raises(gtflops.InputError, match="needs no gradient"):
+        gtflops.profile(torch.nn.Linear(4, 4), torch.ones(2, 4), lambda y, _: y.detach().sum())
+
+
+def test_no_loss_at_all() -> None:
+    with pytest.raises(gtflops.InputError, match=r"\.loss None, expected a scalar tensor; put labels"):
+        batch = padded_batch()
+        del batch["labels"]
+        gtflops.profile(build("llama"), batch)
+
+
+def test_a_model_without_parameters() -> None:
+    with pytest.raises(gtflops.InputError, match="ReLU has no floating-point parameters"):
+        gtflops.profile(torch.nn.ReLU(), torch.ones(2, 4), squared)
+
+
+class DependsOnData(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        if y.sum() > 0:  # the line that the error must name
+            y = y * 2
+        return y
+
+
+class DependsOnShape(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y[y > 0]  # as many as there are
+
+
+@pytest.mark.parametrize(("model", "code"), [(DependsOnData, "if y.sum() > 0"), (DependsOnShape, "return y[y > 0]")])
+def test_data_dependent_control_flow_names_the_line(model: type[torch.nn.Linear], code: str) -> None:
+    lines = Path(__file__).read_text().splitlines()
+    number = next(number for number, line in enumerate(lines, start=1) if line.strip().startswith(code))
+    with pytest.raises(gtflops.UnsupportedModelError) as raised:
+        gtflops.profile(model(4, 4), torch.ones(2, 4), squared)
+    assert f"{__file__}:{number}: {code}" in str(raised.value)
+
+
+def test_unknown_model_names_suggest_known_ones() -> None:
+    with pytest.raises(gtflops.InputError, match=r"unknown model 'facebook/opt-2.8b'.*facebook/opt-2.7b"):
+        gtflops.profile("facebook/opt-2.8b", batch_size=1, seq_len=8)
+
+
+def test_a_preset_without_its_organisation() -> None:
+    by_id = gtflops.profile("openai-community/gpt2", batch_size=1, seq_len=8)
+    assert gtflops.profile("GPT2", batch_size=1, seq_len=8).full_flops == by_id.full_flops
+
+
+def test_a_local_folder(tmp_path: Path) -> None:
+    model = build("llama")
+    model.config.save_pretrained(tmp_path)
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
+    assert gtflops.profile(tmp_path, batch_size=2, seq_len=8).full_flops == gtflops.profile(model, batch).full_flops
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(gtflops.InputError, match=r"no config\.json"):
+        gtflops.profile(tmp_path, batch_size=2, seq_len=8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "gpt2"}, "on sizes"),
+        ({"model": "gpt2", "batch_size": 0, "seq_len": 8}, "batch_size is 0"),
+        ({"model": "facebook/opt-125m", "batch_size": 1, "seq_len": 4096}, "beyond the 2048 positions"),
+        ({"model": "google/vit-base-patch16-224", "batch_size": 1, "seq_len": 8}, "no batch of tokens"),
+        ({"model": torch.nn.Linear(2, 2)}, "on a batch"),
+        ({"model": 3}, "model is a int"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(gtflops.GtflopsError, match=message):
+        gtflops.profile(**arguments)

@@ -1,0 +1,257 @@
+"""The chain form of the selection problem: the C++ solver against brute force, plain DP and HiGHS."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from gtflops.errors import InputError
+from gtflops.solver import KnapsackResult, knapsack
+from reference import chain_cost, chain_optimum_brute_force, chain_optimum_dp
+
+Chain = tuple[list[int], list[int], list[Any], int]
+
+
+def checked(dw: Any, dy: Any, importance: Any, capacity: int, **options: Any) -> KnapsackResult:
+    """The solver's answer, after its own figures were re-summed."""
+    result = knapsack(dw, dy, importance, capacity, **options)
+    selected = np.flatnonzero(result.mask).tolist()
+    assert result.mask.dtype == bool
+    assert result.mask.shape == (len(dw),)
+    assert result.cost == chain_cost([int(c) for c in dw], [int(c) for c in dy], selected)
+    assert result.cost <= capacity
+    assert result.value == sum(float(importance[k]) for k in selected)
+    assert all(importance[k] > 0 for k in selected)
+    assert result.upper_bound == result.value if result.optimal else result.upper_bound >= result.value
+    return result
+
+
+@st.composite
+def chains(
+    draw: st.DrawFn, importances: st.SearchStrategy[float], max_size: int, largest_costs: list[int]
+) -> Chain:
+    n = draw(st.integers(0, max_size))
+    cost = st.integers(0, draw(st.sampled_from(largest_costs)))
+
+    def several(element: st.SearchStrategy[Any]) -> list[Any]:
+        return draw(st.lists(element, min_size=n, max_size=n))
+
+    dw, dy = several(cost), several(st.one_of(st.just(0), cost))
+    return dw, dy, several(importances), draw(st.integers(0, sum(dw) + sum(dy) + 1))
+
+
+def few_tensors(importances: st.SearchStrategy[float]) -> st.SearchStrategy[Chain]:
+    return chains(importances, max_size=9, largest_costs=[1, 5, 40, 10**11])
+
+
+def small_costs(importances: st.SearchStrategy[float]) -> st.SearchStrategy[Chain]:
+    """More tensors; the plain DP has a state for each sum of costs, so these stay small."""
+    return chains(importances, max_size=24, largest_costs=[1, 5, 40])
+
+
+@settings(deadline=None)  # the references are slow
+@given(few_tensors(st.integers(-3, 30)))
+def test_integer_importances_equal_brute_force(chain: Chain) -> None:
+    result = checked(*chain)
+    assert result.optimal
+    assert result.value == chain_optimum_brute_force(*chain) == chain_optimum_dp(*chain)
+
+
+@settings(deadline=None)  # the references are slow
+@given(few_tensors(st.floats(-1.0, 1e6, allow_subnormal=True)))
+def test_float_importances_match_brute_force(chain: Chain) -> None:
+    result = checked(*chain)
+    assert result.optimal
+    assert result.value == pytest.approx(chain_optimum_brute_force(*chain), rel=1e-12, abs=0)
+
+
+@settings(deadline=None)  # the references are slow
+@given(small_costs(st.integers(0, 4)))
+def test_ties_and_small_values_equal_the_plain_dp(chain: Chain) -> None:
+    result = checked(*chain)
+    assert result.optimal
+    assert result.value == chain_optimum_dp(*chain)
+    np.testing.assert_array_equal(result.mask, knapsack(*chain).mask)
+
+
+@settings(deadline=None)  # the references are slow
+@given(small_costs(st.floats(-1.0, 10.0)), st.integers(1, 5))
+def test_a_limit_on_states_keeps_the_bound(chain: Chain, max_states: int) -> None:
+    result = checked(*chain, max_states=max_states)
+    assert result.upper_bound >= chain_optimum_dp(*chain) * (1 - 1e-12)
+
+
+def opt_like(layers: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """The structure of OPT-2.7B at batch 4 x 512 from the loss on: 16 tensors a layer, few distinct costs."""
+    rng = np.random.default_rng(seed)
+    tokens, width, vocabulary = 4 * 512, 2560, 50272
+    square, attention = 2 * tokens * width**2, 4 * 2 * tokens * 512 * width
+    vector = tokens * width
+    # (weight gradient, activation gradient): fc2, fc1, norm, out, v, k, q, norm; a bias before each weight
+    layer = [
+        *[(vector, 0), (4 * square, 0)],
+        *[(4 * vector, 4 * square), (4 * square, 0)],
+        *[(vector, 4 * square), (vector, 0)],
+        *[(vector, 0), (square, 0)],
+        *[(vector, square + attention), (square, 0), (vector, 0), (square, 0), (vector, 0), (square, 0)],
+        *[(vector, 3 * square), (vector, 0)],
+    ]
+    head = [(vector, 2 * tokens * width * vocabulary), (vector, 0)]
+    embedding = [(vector, 0), (2 * tokens * width * vocabulary, 0)]
+    dw, dy = np.array([*head, *layer * layers, *embedding]).T
+    importance = rng.lognormal(0.0, 1.5, len(dw)) if seed % 2 else rng.gamma(0.5, 1.0, len(dw))
+    return dw, dy, importance * np.sqrt(dw / dw.max())
+
+
+def highs(dw: Any, dy: Any, importance: Any, capacity: int, seconds: float) -> tuple[float, float]:
+    """HiGHS' best value and its bound: x[k] selects tensor k, y[j] pays dy[j], x[k] <= y[k] <= y[k - 1]."""
+    n = len(dw)
+    x_below_y = sparse.hstack([sparse.eye_array(n), -sparse.eye_array(n)])
+    y_falls = sparse.hstack(
+        [sparse.csr_array((n - 1, n)), sparse.diags_array([-1.0, 1.0], offsets=[0, 1], shape=(n - 1, n))]
+    )
+    order: Any = sparse.vstack([x_below_y, y_falls])
+    costs = np.concatenate([dw, dy])
+    unit = np.gcd.reduce(costs)  # small whole numbers: HiGHS misjudges coefficients of 1e-7
+    answer = milp(
+        -np.concatenate([importance, np.zeros(n)]),
+        integrality=np.ones(2 * n, dtype=np.int64),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(costs // unit, -np.inf, capacity // unit),
+            LinearConstraint(order, -np.inf, 0.0),
+        ],
+        options={"time_limit": seconds, "mip_rel_gap": 0.0},
+    )
+    best = -math.inf if answer.x is None else -float(answer.fun)
+    assert answer.mip_dual_bound is not None
+    return best, -answer.mip_dual_bound
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("budget", [0.15, 0.5, 0.85])
+def test_opt_like_instances_agree_with_highs(seed: int, budget: float) -> None:
+    dw, dy, importance = opt_like(32, seed)
+    assert len(dw) == 516
+    capacity = int(budget * (dw.sum() + dy.sum()))
+    result = checked(dw, dy, importance, capacity)
+    assert result.optimal
+    best, bound = highs(dw, dy, importance, capacity, seconds=1.0)
+    # HiGHS works to a tolerance; stopped by the clock, it still has a bound on each side.
+    assert best * (1 - 1e-7) <= result.value <= bound * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("family", ["strongly correlated", "inverse strongly correlated", "subset sum"])
+def test_hard_families_agree_with_highs_and_the_plain_dp(family: str) -> None:
+    rng = np.random.default_rng(7)
+    base = rng.integers(1, 1001, 60)
+    dw, importance = {
+        "strongly correlated": (base, base + 100.0),
+        "inverse strongly correlated": (base + 100, base * 1.0),
+        "subset sum": (base, base * 1.0),
+    }[family]
+    dy = rng.integers(0, 50, 60)
+    capacity = int(dw.sum() + dy.sum()) // 2
+    result = checked(dw, dy, importance, capacity)
+    assert result.optimal
+    assert result.value == chain_optimum_dp(dw.tolist(), dy.tolist(), importance.tolist(), capacity)
+    best, bound = highs(dw, dy, importance, capacity, seconds=1.0)
+    assert best * (1 - 1e-7) <= result.value <= bound * (1 + 1e-7)
+
+
+def test_when_the_states_run_out_the_answer_is_feasible_and_bounded() -> None:
+    dw = np.random.default_rng(3).integers(1, 10**11, 60)
+    capacity = int(dw.sum()) // 2
+    result = checked(dw, np.zeros_like(dw), dw, capacity, max_states=10_000)
+    assert not result.optimal
+    assert result.value <= capacity <= result.upper_bound <= capacity * (1 + 1e-15)
+    assert result.value > 0.999 * capacity
+
+
+@pytest.mark.parametrize(
+    ("dw", "dy", "importance", "capacity", "selected"),
+    [
+        pytest.param([], [], [], 5, [], id="no tensors"),
+        pytest.param([0, 0], [0, 0], [1.0, 2.0], 0, [0, 1], id="all free"),
+        pytest.param([0, 5], [0, 0], [1.0, 9.0], 0, [0], id="capacity 0"),
+        pytest.param([0, 0], [3, 0], [1.0, 1.0], 2, [], id="capacity below the first dy"),
+        pytest.param([0, 0], [3, 0], [1.0, 1.0], 3, [0, 1], id="capacity just the first dy"),
+        pytest.param([1, 1, 1], [1, 1, 1], [0.0, -1.0, 1.0], 9, [2], id="worthless tensors"),
+        pytest.param([1, 1], [0, 0], [0.0, -2.0], 9, [], id="nothing worth anything"),
+        pytest.param([4, 4], [1, 1], [1.0, 1.5], 9, [1], id="deeper is better"),
+        pytest.param([4, 4], [1, 3], [1.0, 1.5], 7, [0], id="deeper does not fit"),
+        pytest.param([2**63 - 3, 1], [1, 0], [1.0, 1e-300], 2**63 - 1, [0, 1], id="the whole of int64"),
+        pytest.param([2**63 - 3, 1], [1, 0], [1.0, 1e-300], 2**63 - 2, [0], id="the whole of int64 but one"),
+        pytest.param([1, 1], [0, 0], [1e308, 5e-324], 2, [0, 1], id="the whole of float64"),
+    ],
+)
+def test_edges(
+    dw: list[int], dy: list[int], importance: list[float], capacity: int, selected: list[int]
+) -> None:
+    result = checked(dw, dy, importance, capacity)
+    assert result.optimal
+    assert np.flatnonzero(result.mask).tolist() == selected
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.uint64, ">i4"])
+def test_any_integer_dtype_and_layout(dtype: str | type) -> None:
+    spread = np.array([4, 99, 4, 99, 9, 99], dtype=dtype)
+    spread.flags.writeable = False
+    importance = np.array([1.0, 2.5, 3.0], dtype=np.float32)[::-1]
+    result = knapsack(spread[::2], np.ones(3, dtype=dtype), importance, 11)
+    assert result.mask.tolist() == [True, True, False]
+
+
+def test_the_answer_is_immutable() -> None:
+    result = knapsack([1], [1], [1.0], 2)
+    with pytest.raises(ValueError, match="read-only"):
+        result.mask[0] = False
+    with pytest.raises(AttributeError):
+        result.value = 2.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dw": [1, 2]}, "dw, dy and importance have 2, 3 and 3 elements"),
+        ({"dw": [[1, 2, 3]]}, r"dw has shape \(1, 3\); expected one dimension"),
+        ({"dw": [[1], [2, 3], []]}, "dw is not an array of numbers"),
+        ({"dw": [1, -2, 3]}, r"dw\[1\] is -2; expected 0 or more"),
+        ({"dy": [1, 2, -3]}, r"dy\[2\] is -3; expected 0 or more"),
+        ({"dw": [1.0, 2.0, 3.0]}, r"dw has dtype float64; expected integers"),
+        ({"dy": [True, False, True]}, r"dy has dtype bool; expected integers"),
+        ({"dw": [1, 2, 2**70]}, r"dw has dtype object; expected integers \(FLOPs\) that fit int64"),
+        ({"dw": np.array([1, 2**63, 3], dtype=np.uint64)}, r"dw\[1\] is 9223372036854775808; .*fit int64"),
+        ({"dw": [2**62, 1, 1], "dy": [1, 2**62, 1]}, r"sum\(dw\) \+ sum\(dy\) does not fit .*dy\[1\]"),
+        ({"importance": [1.0, math.nan, 1.0]}, r"importance\[1\] is nan; expected a finite number"),
+        ({"importance": [1.0, 1.0, -math.inf]}, r"importance\[2\] is -inf; expected a finite number"),
+        (
+            {"importance": [1e308, 1e308, 1.0]},
+            r"sum of the positive importances overflows float64 at importance\[1\]",
+        ),
+        ({"importance": ["a", "b", "c"]}, "importance has dtype <U1; expected real numbers"),
+        ({"capacity": -1}, "capacity is -1; expected an integer from 0"),
+        ({"capacity": 2**63}, "capacity is 9223372036854775808; expected an integer from 0 to"),
+        ({"capacity": 1.5}, "capacity is 1.5; expected an integer"),
+        ({"max_states": 0}, "max_states is 0; expected an integer from 1"),
+    ],
+)
+def test_bad_input_is_named(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = dict(dw=[1, 2, 3], dy=[1, 2, 3], importance=[1.0, 2.0, 3.0], capacity=5)
+    with pytest.raises(InputError, match=message):
+        knapsack(**(arguments | changes))
+
+
+def test_importing_the_solver_does_not_import_torch() -> None:
+    code = "import sys, gtflops.solver; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
