@@ -55,12 +55,8 @@ class Graph:
     gradients: Mapping[str, int | None]
     loss: int
 
-    def parameter(self, name: str) -> Node:
-        """The node of the parameter tensor ``name``; KeyError if there is none."""
-        for node in self.nodes:
-            if node.phase is Phase.PARAMETER and node.name == name:
-                return node
-        raise KeyError(name)
+    def __repr__(self) -> str:
+        return f"Graph({self.model}: {len(self.nodes)} nodes, {len(self.gradients)} tensors)"
 
     @property
     def batch(self) -> dict[str, TensorType]:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from gtflops import _core
 from gtflops.errors import InputError, SavedFileError
-from gtflops.graph import GETITEM, Graph, Node, Phase
+from gtflops.graph import GETITEM, Graph, Phase
 from gtflops.operators import Flops, FlopsByOutput, price
+from gtflops.units import format_flops
 
 if TYPE_CHECKING:
     import torch
@@ -139,6 +140,9 @@ class Profile:
         if unused:
             all_notes.append(f"the loss does not depend on {len(unused)} tensors, first {unused[0]}")
         return cls(graph, prices, unsupported, tuple(all_notes), dict(versions or {"gtflops": version("gtflops")}))
+
+    def __repr__(self) -> str:
+        return f"Profile({self.graph.model}: {len(self.names)} tensors, full step {format_flops(self.full_flops)})"
 
     # --- the tensors, in backward order -------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gtflops.operators import Argument, Call, Flops, FlopsByOutput, TensorType, price
+from gtflops.operators import Argument, Call, Flops, FlopsByOutput, TensorType, lookup, price
 
 # Questions about a tensor that reach a dispatch mode although they compute nothing.
 _METADATA = frozenset(
@@ -23,13 +23,15 @@ _METADATA = frozenset(
 
 
 @cache
-def _is_composite(func: torch._ops.OpOverload) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+def _qualified_name(func: torch._ops.OpOverload) -> str:
+    return f"{func.namespace}.{func._schema.name.partition('::')[2]}.{func._overloadname}"
 
 
 @cache
-def _qualified_name(func: torch._ops.OpOverload) -> str:
-    return f"{func.namespace}.{func._schema.name.partition('::')[2]}.{func._overloadname}"
+def _is_taken_apart(func: torch._ops.OpOverload) -> bool:
+    """Whether an operator is a composite of others that the table has no price for as a whole."""
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return bool(composite) and lookup(_qualified_name(func)) is None
 
 
 @cache
@@ -93,7 +95,7 @@ class OperatorMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in _METADATA:
             return NotImplemented  # the dispatcher then answers by itself
-        if _is_composite(func):
+        if _is_taken_apart(func):
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:

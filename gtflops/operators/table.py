@@ -89,10 +89,10 @@ def _entries() -> Iterator[Entry]:
     yield entry(
         Kind.ELEMENTWISE,
         f.per_output_element(1),
-        """add sub rsub mul div neg abs reciprocal pow square sqrt rsqrt exp exp2 expm1 log log2 log1p
+        """add sub rsub mul div neg abs reciprocal pow sqrt rsqrt exp exp2 expm1 log log2 log1p
         sin cos tan tanh sigmoid erf sign floor ceil round trunc remainder fmod floor_divide
         maximum minimum clamp clamp_min clamp_max relu threshold_backward hardtanh
-        eq ne lt le gt ge isnan isinf isfinite isneginf isposinf logical_and logical_not logical_or logical_xor""",
+        eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_not logical_or logical_xor""",
     )
     # The derivative from the output y and one product: g (1 - y^2), g y (1 - y).
     yield entry(Kind.ELEMENTWISE, f.per_output_element(3), "tanh_backward sigmoid_backward")
@@ -117,9 +117,9 @@ def _entries() -> Iterator[Entry]:
     yield entry(  # views
         Kind.FREE,
         f.free,
-        """view _unsafe_view reshape _reshape_alias t transpose permute expand expand_as unsqueeze squeeze slice
-        select split split_with_sizes chunk unbind as_strided detach alias diagonal unfold narrow view_as
-        view_as_real view_as_complex real imag movedim swapaxes flatten unflatten T mT lift_fresh lift""",
+        """view _unsafe_view _reshape_alias t transpose permute expand unsqueeze squeeze slice
+        select split split_with_sizes unbind as_strided detach alias diagonal unfold
+        view_as_real view_as_complex lift_fresh lift""",
     )
     yield entry(  # allocation and fills
         Kind.FREE,
@@ -131,17 +131,17 @@ def _entries() -> Iterator[Entry]:
     yield entry(  # copies and selections
         Kind.FREE,
         f.free,
-        """clone copy _to_copy contiguous cat stack index index_select gather take embedding where masked_fill
+        """clone copy _to_copy cat stack index index_select gather take embedding where masked_fill
         masked_select repeat repeat_interleave constant_pad_nd slice_backward select_backward slice_scatter
         select_scatter scatter index_copy index_fill diagonal_backward diagonal_copy flip roll tril triu
-        embedding_renorm unfold_backward value_selecting_reduction_backward as_strided_scatter""",
+        embedding_renorm unfold_backward as_strided_scatter""",
     )
     yield entry(  # integers, bits and questions to the host
         Kind.FREE,
         f.free,
         """bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift bincount nonzero
-        searchsorted bucketize one_hot _local_scalar_dense item equal is_same_size _assert_async
-        _assert_scalar sym_size sym_numel""",
+        searchsorted bucketize _local_scalar_dense equal is_same_size _assert_async
+        _assert_scalar""",
     )
 
 

@@ -1,0 +1,150 @@
+"""Formulas against closed forms written out here, and against a naive count."""
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gtflops
+from gtflops.capture.dispatch import OperatorMode, describe_call
+from gtflops.operators import TABLE, Call, Flops, FlopsByOutput, Kind, TensorType, lookup, price
+
+
+def calls_of(function: object) -> list[Call]:
+    """The operator calls that a function really makes."""
+    calls: list[Call] = []
+
+    class Record(OperatorMode):
+        def observe(self, func, args, kwargs, result):  # type: ignore[no-untyped-def]
+            calls.append(describe_call(func, args, kwargs, result))
+
+    with Record():
+        function()  # type: ignore[operator]
+    return calls
+
+
+def only(op: str, function: object) -> Flops | FlopsByOutput:
+    """The price of the one call of ``op`` that a function makes."""
+    (call,) = [call for call in calls_of(function) if call.op.startswith(op)]
+    cost = price(call)
+    assert cost is not None
+    return cost
+
+
+size = st.integers(0, 6)
+
+
+@given(size, size, size, size)
+def test_matrix_products_against_a_naive_count(b: int, m: int, k: int, n: int) -> None:
+    """Multiply-adds counted one by one."""
+    macs = sum(1 for _ in range(b) for _ in range(m) for _ in range(n) for _ in range(k))
+    x, y = torch.ones(b, m, k), torch.ones(b, k, n)
+    assert only("aten.bmm", lambda: torch.bmm(x, y)) == Flops(matmul=2 * macs)
+    bias = torch.ones(b, m, n)
+    assert only("aten.baddbmm", lambda: torch.baddbmm(bias, x, y)) == Flops(2 * macs, b * m * n)
+    assert only("aten.baddbmm", lambda: torch.baddbmm(bias, x, y, beta=0)) == Flops(2 * macs)
+    if b:
+        assert only("aten.mm", lambda: x[0] @ y[0]) == Flops(matmul=2 * macs // b)
+        assert only("aten.addmm", lambda: torch.addmm(torch.ones(n), x[0], y[0])) == Flops(2 * macs // b, m * n)
+        assert only("aten.mv", lambda: x[0] @ torch.ones(k)) == Flops(matmul=2 * m * k)
+        assert only("aten.addmv", lambda: torch.addmv(torch.ones(m), x[0], torch.ones(k))) == Flops(2 * m * k, m)
+        assert only("aten.dot", lambda: torch.ones(k) @ torch.ones(k)) == Flops(matmul=2 * k)
+
+
+def test_layer_norm_by_output() -> None:
+    x = torch.ones(6, 8, requires_grad=True)
+    norm = torch.nn.LayerNorm(8)
+    assert only("aten.native_layer_norm.", lambda: norm(x)) == Flops(other=7 * 48)
+    assert only("aten.native_layer_norm.", lambda: torch.nn.functional.layer_norm(x, (8,))) == Flops(other=5 * 48)
+    y = norm(x)
+    cost = only("aten.native_layer_norm_backward", lambda: y.sum().backward())
+    assert cost == FlopsByOutput(Flops(other=96), (Flops(other=8 * 48), Flops(other=96), Flops(other=48)))
+    assert isinstance(cost, FlopsByOutput)
+    assert cost.total == Flops(other=13 * 48)
+
+
+def test_gelu_by_its_form() -> None:
+    x = torch.ones(10)
+    gelu = torch.nn.functional.gelu
+    assert only("aten.gelu", lambda: gelu(x)) == Flops(other=50)
+    assert only("aten.gelu", lambda: gelu(x, approximate="tanh")) == Flops(other=90)
+
+
+def test_fused_attention() -> None:
+    """Batch 2, heads 3, 5 queries, 7 keys, width 4, value width 4: two products of 2 * 2*3*5*7*4 each."""
+    q, k, v = (torch.ones(2, 3, n, 4, requires_grad=True) for n in (5, 7, 7))
+    product, scores = 2 * 2 * 3 * 5 * 7 * 4, 2 * 3 * 5 * 7
+    name = "aten._scaled_dot_product_flash_attention_for_cpu"
+    output = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    forward = only(f"{name}.", lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert forward == Flops(matmul=2 * product, other=7 * scores)
+    assert only(f"{name}_backward", lambda: output.sum().backward()) == Flops(matmul=5 * product, other=8 * scores)
+
+
+def test_reductions_losses_and_scatters() -> None:
+    x = torch.ones(4, 6)
+    assert only("aten.sum", lambda: x.sum(1)) == Flops(other=24)
+    assert only("aten.mean", lambda: x.mean(1)) == Flops(other=24 + 4)
+    assert only("aten._softmax", lambda: x.softmax(1)) == Flops(other=5 * 24)
+    target = torch.zeros(4, dtype=torch.int64)
+    assert only("aten.nll_loss_forward", lambda: torch.nn.functional.nll_loss(x, target)) == Flops(other=4)
+    assert only("aten.mse_loss", lambda: torch.nn.functional.mse_loss(x, x)) == Flops(other=3 * 24)
+    index = torch.tensor([0, 0, 1])
+    assert only("aten.index_put", lambda: torch.zeros(4).index_put((index,), torch.ones(3), accumulate=True)) == Flops(
+        other=3
+    )
+    assert only("aten.index_put", lambda: torch.zeros(4).index_put((index,), torch.ones(3))) == Flops()
+    weight = torch.ones(9, 5, requires_grad=True)
+    rows = torch.nn.functional.embedding(index, weight)
+    assert only("aten.embedding_dense_backward", lambda: rows.sum().backward()) == Flops(other=3 * 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int32])
+def test_integers_cost_no_floating_point_operation(dtype: torch.dtype) -> None:
+    x = torch.ones(5, dtype=dtype)
+    calls = calls_of(lambda: (x + x, x.cumsum(0), x == x))
+    assert {price(call) for call in calls} == {Flops()}
+
+
+def test_in_place_and_overloads_share_an_entry() -> None:
+    x = torch.ones(5)
+    assert only("aten.add_", lambda: x.add_(1)) == only("aten.add", lambda: x + x) == Flops(other=5)
+    assert lookup("aten.relu_.default") is lookup("aten.relu")
+    assert lookup("aten.__and__.Tensor") is None
+
+
+def test_an_unknown_operator_has_no_price() -> None:
+    """Nothing is silently zero: what the table does not know is None, and the profile lists it."""
+    assert price(Call("aten.fft_r2c.default", (), (), (TensorType((2,), "float32"),))) is None
+
+    class Fourier(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.fft(super().forward(x)).abs().sum()
+
+    profile = gtflops.profile(Fourier(4, 4), torch.ones(2, 4), lambda y, _: y)
+    listed = {op.name: op.count for op in profile.unsupported}
+    assert "aten._fft_r2c.default" in listed or "aten._fft_c2c.default" in listed
+    importance = {"weight": 1.0, "bias": 1.0}
+    with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\._fft.*allow_unsupported=True"):
+        gtflops.select(profile, importance, budget=1.0)
+    assert gtflops.select(profile, importance, budget=1.0, allow_unsupported=True).flops <= profile.full_flops
+
+
+def test_the_table_is_whole() -> None:
+    """Every operator stands once and exists in torch, and every class has entries."""
+    ops = [op for entry in TABLE for op in entry.ops]
+    assert len(ops) == len(set(ops))
+    assert {entry.kind for entry in TABLE} == set(Kind)
+    unknown = [op for op in ops if not hasattr(torch.ops.aten, op.removeprefix("aten."))]
+    assert unknown == []
+
+
+def test_composite_operators_are_taken_apart() -> None:
+    """Under inference mode PyTorch hands composite operators over whole; their parts are what is counted."""
+    linear, x = torch.nn.Linear(4, 8), torch.ones(3, 4)
+    with torch.inference_mode(), gtflops.ExecutedFlops() as executed:
+        linear(x)
+    assert executed.flops == Flops(matmul=2 * prod((3, 4, 8)), other=3 * 8)
+    assert executed.unsupported == {}

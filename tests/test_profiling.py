@@ -1,0 +1,238 @@
+"""Profile: definitions of METHOD, queries, files."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import networkx
+import numpy as np
+import pytest
+import torch
+from small_models import build, padded_batch
+
+import gtflops
+from gtflops import Profile
+from gtflops.graph import Graph, Phase
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return gtflops.profile(build("llama-tied"), padded_batch())
+
+
+@pytest.fixture
+def saved(profile: Profile, tmp_path: Path) -> Path:
+    path = tmp_path / "llama.profile.json"
+    profile.save(path)
+    return path
+
+
+def closure(profile: Profile, name: str) -> set[int]:
+    """Backward nodes that a tensor's gradient depends on, by networkx."""
+    digraph = profile.graph.to_networkx()
+    gradient = profile.graph.gradients[name]
+    return {
+        index
+        for index in networkx.ancestors(digraph, gradient) | {gradient}
+        if profile.graph.nodes[index].phase is Phase.BACKWARD
+    }
+
+
+def test_backward_order_dw_and_dy_are_those_of_the_definitions(profile: Profile) -> None:
+    closures = {name: closure(profile, name) for name in profile.names}
+    cost = profile.prices.sum(axis=0)
+    needed_before: set[int] = set()
+    for position, tensor in enumerate(profile.tensors):
+        others = set().union(*(closures[name] for name in profile.names if name != tensor.name))
+        own = closures[tensor.name] - others
+        assert tensor.dw_flops == cost[list(own)].sum() == profile.t_dw[position]
+        added = closures[tensor.name] - own - needed_before
+        assert tensor.dy_flops == cost[list(added)].sum() == profile.t_dy[position]
+        needed_before |= closures[tensor.name]
+    gradients = [profile.graph.gradients[name] for name in profile.names]
+    assert gradients == sorted(gradients)
+
+
+def test_backward_order_is_not_that_of_named_parameters(profile: Profile) -> None:
+    """The final norm is next to the loss, although it is registered after all layers; the tied embedding is last."""
+    assert profile.names[0] == "model.norm.weight"
+    assert profile.names[-1] == "model.embed_tokens.weight"
+    assert "lm_head.weight" not in profile.names
+
+
+def test_forms_of_a_selection(profile: Profile) -> None:
+    model = build("llama-tied")
+    names = [name for name in profile.names if "mlp" in name]
+    for name, tensor in model.named_parameters():
+        tensor.requires_grad_(name in names)
+    by_names = profile.step_flops(names)
+    assert by_names == profile.step_flops(model) == profile.step_flops(profile.mask(names))
+    assert by_names == profile.step_flops(reversed(names))
+    assert profile.step_flops("none").total == profile.forward_flops
+    assert profile.step_flops("all").total == profile.full_flops
+    assert profile.step_flops([]).backward == 0
+
+
+@pytest.mark.parametrize(
+    ("trainable", "message"),
+    [
+        (["model.norm.wight"], "no tensor 'model.norm.wight'; nearest: model.norm.weight"),
+        ("some", "trainable is 'some'"),
+        (np.zeros(3, dtype=bool), r"shape \(3,\), expected bool and"),
+        (np.zeros(29, dtype=int), "dtype int64"),
+    ],
+)
+def test_selections_that_do_not_fit(profile: Profile, trainable: Any, message: str) -> None:
+    with pytest.raises(gtflops.InputError, match=message):
+        profile.step_flops(trainable)
+
+
+def test_unused_tensors_cost_nothing_and_are_noted() -> None:
+    class Half(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x).sum()
+
+    profile = gtflops.profile(Half(), torch.ones(2, 3), lambda y, _: y)
+    assert profile.names[-2:] == ("unused.weight", "unused.bias")
+    assert profile.step_flops(["unused.weight"]).backward == 0
+    assert "the loss does not depend on 2 tensors, first unused.weight" in profile.notes
+
+
+def test_integer_parameters_are_not_trained() -> None:
+    model = torch.nn.Linear(3, 3)
+    model.table = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+    profile = gtflops.profile(model, torch.ones(2, 3), lambda y, _: y.sum())
+    assert set(profile.names) == {"weight", "bias"}
+
+
+def test_very_deep_graphs() -> None:
+    """Nothing recurses over the graph."""
+
+    class Deep(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(3000):
+                x = x + super().forward(x)
+            return x.sum()
+
+    profile = gtflops.profile(Deep(2, 2), torch.ones(1, 2), lambda y, _: y)
+    # The weight and the bias need every activation gradient but the first product's.
+    step = profile.step_flops("all", ops="matmul")
+    assert (step.forward, step.backward) == (3000 * 8, 3000 * 8 + 2999 * 8)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(profile: Profile, saved: Path) -> None:
+    loaded = Profile.load(saved)
+    assert loaded.graph == profile.graph
+    assert loaded.tensors == profile.tensors
+    assert (loaded.prices == profile.prices).all()
+    assert (loaded.notes, loaded.versions, loaded.unsupported) == (profile.notes, profile.versions, profile.unsupported)
+    names = profile.names[3:9]
+    assert loaded.step_flops(names) == profile.step_flops(names)
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_infinities_in_arguments_survive() -> None:
+    class Masked(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).masked_fill(x > 0, float("-inf")).softmax(-1).sum()
+
+    graph = gtflops.profile(Masked(3, 3), torch.ones(2, 3), lambda y, _: y).graph
+    text = json.dumps(graph.to_json(), allow_nan=False)
+    assert Graph.from_json(json.loads(text)) == graph
+
+
+def test_loading_needs_no_torch(saved: Path) -> None:
+    code = (
+        "import sys, gtflops; profile = gtflops.Profile.load(sys.argv[1]);"
+        "selection = gtflops.select(profile, {tensor.name: 1.0 for tensor in profile.tensors}, budget=0.7);"
+        "assert selection.flops <= 0.7 * profile.full_flops;"
+        "loaded = {'torch', 'transformers', 'networkx'} & set(sys.modules); assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code, saved], check=True)
+
+
+def test_a_truncated_file(saved: Path) -> None:
+    text = saved.read_text()
+    for length in (0, 1, len(text) // 2, len(text) - 1):
+        saved.write_text(text[:length])
+        with pytest.raises(gtflops.SavedFileError, match="cut off"):
+            Profile.load(saved)
+
+
+def test_another_version(saved: Path) -> None:
+    data = json.loads(saved.read_text())
+    saved.write_text(json.dumps({**data, "version": 99}))
+    with pytest.raises(gtflops.SavedFileError, match="version 99 of the profile format, this gtflops reads version 1"):
+        Profile.load(saved)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"format": "other"}'])
+def test_something_else(saved: Path, text: str) -> None:
+    saved.write_text(text)
+    with pytest.raises(gtflops.SavedFileError, match="no gtflops profile"):
+        Profile.load(saved)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.pop("graph"),
+        lambda data: data["matmul"].pop(),
+        lambda data: data["matmul"].__setitem__(0, -1),
+        lambda data: data["matmul"].__setitem__(0, 2**70),
+        lambda data: data["other"].__setitem__(0, "x"),
+        lambda data: data["graph"]["nodes"][50].__setitem__(2, [60]),
+        lambda data: data["graph"]["nodes"][50].__setitem__(1, 10**6),
+        lambda data: data["graph"].__setitem__("loss", 10**6),
+        lambda data: data["graph"]["gradients"].__setitem__("model.norm.weight", 10**6),
+        lambda data: data["graph"]["calls"][0].pop(),
+        lambda data: data.__setitem__("notes", 3),
+        lambda data: data["unsupported"].append(["x"]),
+    ],
+)
+def test_a_damaged_file(saved: Path, damage: Any) -> None:
+    data = json.loads(saved.read_text())
+    damage(data)
+    saved.write_text(json.dumps(data))
+    with pytest.raises(gtflops.SavedFileError, match="damaged"):
+        Profile.load(saved)
+
+
+def test_files_that_cannot_be_read_or_written(profile: Profile, tmp_path: Path) -> None:
+    with pytest.raises(gtflops.InputError, match="cannot read"):
+        Profile.load(tmp_path / "absent.json")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(gtflops.SavedFileError, match="no text"):
+        Profile.load(tmp_path / "binary")
+    with pytest.raises(gtflops.InputError, match="cannot write"):
+        profile.save(tmp_path / "absent" / "x.json")
+
+
+def test_a_failed_write_keeps_the_old_file(profile: Profile, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(gtflops.InputError, match="No space left on device"):
+        profile.save(saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -1,0 +1,132 @@
+"""The loop: frozen tensors do not move, FLOPs are what was executed, bad input is refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from real_steps import counted_by_pytorch
+from small_models import build, padded_batch
+
+import gtflops
+
+
+def trainer_for(family: str = "llama", **options: Any) -> tuple[gtflops.GreenTrainer, list[dict[str, torch.Tensor]]]:
+    model = build(family)
+    batches = [padded_batch() for _ in range(6)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    return gtflops.GreenTrainer(model, optimizer, batches[0], **{"budget": 0.6, "every": 2, **options}), batches
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_frozen_tensors_do_not_move_by_a_bit(family: str) -> None:
+    trainer, batches = trainer_for(family)
+    moved_ever: set[str] = set()
+    for start in range(0, 6, 2):
+        before = copy.deepcopy(dict(trainer.model.named_parameters()))
+        trainer.fit(batches[start : start + 2])
+        assert trainer.selection is not None
+        for name, tensor in trainer.model.named_parameters():
+            assert torch.equal(tensor, before[name]) == (name not in trainer.selection.names), name
+        moved_ever.update(trainer.selection.names)
+    assert len(trainer.log.selections) == 3
+    assert {record.step for record in trainer.log.selections} == {0, 2, 4}
+
+
+def test_planned_flops_are_executed() -> None:
+    trainer, batches = trainer_for("opt", count_executed=True)
+    log = trainer.fit(batches)
+    assert log.executed_flops == log.planned_flops == sum(step.planned_flops for step in log.steps)
+    assert all(step.planned_flops <= 0.6 * trainer.profile.full_flops for step in log.steps)
+    matmul = trainer.profile.step_flops(trainer.model, ops="matmul")
+    assert counted_by_pytorch(trainer.model, batches[0]) == (matmul.forward, matmul.backward)
+    assert log.measuring_flops == 3 * trainer.profile.full_flops
+
+
+def test_a_new_shape_is_priced_by_its_own_profile() -> None:
+    trainer, batches = trainer_for(count_executed=True)
+    log = trainer.fit([batches[0], padded_batch(2, 12), padded_batch(3, 20), batches[1]])
+    assert [step.executed_flops for step in log.steps] == [step.planned_flops for step in log.steps]
+    assert len({step.planned_flops for step in log.steps}) > 1
+
+
+def test_without_a_budget_everything_is_trained() -> None:
+    trainer, batches = trainer_for(budget=None, count_executed=True)
+    trainer.model.requires_grad_(False)
+    log = trainer.fit(batches[:2])
+    assert log.selections == []
+    assert log.executed_flops == 2 * trainer.profile.full_flops
+
+
+def test_measuring_does_not_change_the_run() -> None:
+    """With everything selected, the losses are those of a plain loop: selecting draws nothing from the RNG."""
+
+    def plain() -> list[float]:
+        torch.manual_seed(0)
+        model, batch = build("opt"), padded_batch()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    torch.manual_seed(0)
+    model, batch = build("opt"), padded_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    log = gtflops.GreenTrainer(model, optimizer, batch, budget=1.0, every=1).fit([batch] * 3)
+    assert [step.loss for step in log.steps] == plain()
+
+
+def test_a_saved_profile_and_a_scheduler() -> None:
+    model, batch = build("gpt2"), padded_batch()
+    profile = gtflops.profile(model, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+    trainer = gtflops.GreenTrainer(model, optimizer, profile, 0.7, 4, scheduler=scheduler)
+    trainer.fit([batch] * 3)
+    assert trainer.profile is profile
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
+
+
+def test_training_lowers_the_loss() -> None:
+    trainer, batches = trainer_for(budget=0.6, every=5)
+    log = trainer.fit([batches[0]] * 30)
+    assert log.steps[-1].loss < 0.8 * log.steps[0].loss
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_every_must_be_a_number_of_steps(every: Any) -> None:
+    with pytest.raises(gtflops.InputError, match="expected a positive number of optimizer steps"):
+        trainer_for(every=every)
+
+
+@pytest.mark.parametrize("budget", [0, 1.1, -1])
+def test_budgets_outside_zero_to_one(budget: float) -> None:
+    with pytest.raises(gtflops.InputError, match=r"expected a share of a full step in \(0, 1\]"):
+        trainer_for(budget=budget)
+
+
+def test_an_infeasible_budget_trains_nothing() -> None:
+    trainer, batches = trainer_for(budget=0.2)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(gtflops.InfeasibleBudgetError, match="smallest feasible budget"):
+        trainer.fit(batches)
+    assert trainer.log.steps == []
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(tensor.requires_grad for tensor in trainer.model.parameters())
+
+
+def test_a_loss_that_is_nan_keeps_the_weights() -> None:
+    trainer, batches = trainer_for(budget=None)
+    trainer.loss = lambda outputs, _: outputs.loss * float("nan")
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(gtflops.GtflopsError, match="the loss is nan at step 0"):
+        trainer.fit(batches)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
