@@ -1,9 +1,9 @@
 # Each target makes its own .venv when there is none, or when what it was made from has changed.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-# Two busy threads on two shared cores are slower than one, and results depend on the number of threads.
-export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# Tests and benchmarks: two busy threads on two shared cores can be slower than one.
+test bench: export OMP_NUM_THREADS ?= 1
 
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
@@ -23,13 +23,13 @@ $(VENV)/installed: $(BUILT_FROM)
 demo: install
 	$(PYTHON) -m gtflops demo
 
-test: install test-cpp
+test: test-cpp
 	$(PYTHON) -m pytest -m 'not slow'
 
-test-cpp:
-	cmake -S . -B build/cpp -DGTFLOPS_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=Release
-	cmake --build build/cpp --parallel 2
-	ctest --test-dir build/cpp --output-on-failure
+test-cpp: install
+	$(VENV)/bin/cmake -S . -B build/cpp -DGTFLOPS_BUILD_TESTS=ON
+	$(VENV)/bin/cmake --build build/cpp --parallel 2
+	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure
 
 bench: install
 	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -p no:doctest

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+#: Set in the environment by --debug, or by the user.
+DEBUG = "GTFLOPS_DEBUG"
+
 out = Console()
 err = Console(stderr=True)
 
@@ -40,7 +44,8 @@ class Attention(StrEnum):
 
 
 Model = Annotated[
-    str, typer.Argument(help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.", show_default=False)
+    str,
+    typer.Argument(help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.", show_default=False),
 ]
 BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.", min=1)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", min=1)]
@@ -52,21 +57,21 @@ Steps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
 Every = Annotated[int, typer.Option(help="Optimizer steps between two selections.", min=1)]
 
 
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-) -> None:
-    global _debug
-    _debug = debug
-    if version:
-        from importlib.metadata import version as version_of
-
-        out.print(f"gtflops {version_of('gtflops')}", highlight=False)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"gtflops {version('gtflops')}", highlight=False)
         raise typer.Exit
 
 
-_debug = False
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
 
 
 @app.command("profile")
@@ -126,7 +131,9 @@ def select_command(
     from gtflops.selection import select
 
     costs = _profile(model, batch_size, seq_len, attention)
-    values = {tensor.name: float(tensor.numel) for tensor in costs.tensors} if importance == "numel" else _read(importance)
+    values = (
+        {tensor.name: float(tensor.numel) for tensor in costs.tensors} if importance == "numel" else _read(importance)
+    )
     selection = select(costs, values, budget, allow_unsupported=allow_unsupported)
     if html is not None:
         _write_html(html, costs, selection)
@@ -208,15 +215,15 @@ def train_command(
 @app.command("demo")
 def demo_command(
     folder: Annotated[Path, typer.Option("--out", help="Folder for report.html and results.json.")] = Path("demo"),
-    steps: Steps = 16,
-    every: Every = 8,
+    steps: Steps = 10,
+    every: Every = 5,
     budget: Budget = 0.5,
     seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """SmolLM2-135M on ACLSum, full fine-tuning and under a budget, side by side.
 
-    Example: gtflops demo --steps 16
+    Example: gtflops demo --steps 20 --every 10
     """
     from gtflops.profiling import write_whole
     from gtflops.recipes.demo import run_demo
@@ -264,7 +271,10 @@ def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
         table.add_row(label, *(cell(result) for result in runs.values()))
 
     row("planned FLOPs, all steps", lambda run: format_flops(run.log.planned_flops))
-    row("planned FLOPs a step, share of full", lambda run: f"{run.log.steps[0].planned_flops / run.profile.full_flops:.3f}")
+    row(
+        "planned FLOPs a step, share of full",
+        lambda run: f"{run.log.steps[0].planned_flops / run.profile.full_flops:.3f}",
+    )
     row("FLOPs to measure importance", lambda run: format_flops(run.log.measuring_flops))
     table.add_section()
     row("one step, planned", lambda run: f"{run.counted.planned:,}")
@@ -372,7 +382,13 @@ def _write_html(path: Path, costs: "Profile", selection: "Selection | None" = No
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for each stage, on stderr."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err) as bars:
         tasks: dict[str, Any] = {}
 
@@ -386,13 +402,13 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def main() -> None:
     """Run the command line; errors of the user's input are one line on stderr and exit code 2."""
-    # Of the many progress bars and notices of the libraries below, none is ours.
+    # The notices of the libraries below would stand between ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        app()
+        app(prog_name="gtflops")
     except GtflopsError as error:
-        if _debug:
+        if os.environ.get(DEBUG):
             raise
         err.print(f"[bold red]error:[/] {type(error).__name__}", end=" ")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)

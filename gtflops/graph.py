@@ -61,9 +61,7 @@ class Graph:
     @property
     def batch(self) -> dict[str, TensorType]:
         """Shapes and dtypes of the batch that was traced, by its key or position."""
-        return {
-            node.name: node.call.output for node in self.nodes if node.phase is Phase.BATCH
-        }
+        return {node.name: node.call.output for node in self.nodes if node.phase is Phase.BATCH}
 
     def to_networkx(self) -> "networkx.DiGraph[int]":
         """A DiGraph: nodes by index with their ``name op phase module outputs``, edges with the ``tensor`` they carry.

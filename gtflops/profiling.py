@@ -108,7 +108,9 @@ class Profile:
     versions: Mapping[str, str]
 
     @classmethod
-    def from_graph(cls, graph: Graph, notes: Iterable[str] = (), versions: Mapping[str, str] | None = None) -> "Profile":
+    def from_graph(
+        cls, graph: Graph, notes: Iterable[str] = (), versions: Mapping[str, str] | None = None
+    ) -> "Profile":
         """Price every node of a graph by the operator table."""
         prices = np.zeros((2, len(graph.nodes)), dtype=np.int64)
         cache: dict[int, Flops | FlopsByOutput | None] = {}  # equal calls of a graph are one object
@@ -151,9 +153,7 @@ class Profile:
         """Names of the tensors in backward order: by when their gradient is computed; those without one last."""
         end = len(self.graph.nodes)
         gradients = self.graph.gradients
-        return tuple(
-            sorted(gradients, key=lambda name: end if (node := gradients[name]) is None else node)
-        )
+        return tuple(sorted(gradients, key=lambda name: end if (node := gradients[name]) is None else node))
 
     @cached_property
     def tensors(self) -> tuple[TensorCost, ...]:
@@ -297,7 +297,9 @@ class Profile:
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}; expected a file written by profile.save") from error
+            raise InputError(
+                f"cannot read {path}: {error.strerror}; expected a file written by profile.save"
+            ) from error
         except UnicodeDecodeError as error:
             raise SavedFileError(f"{path} is no text, expected a profile written by profile.save") from error
         try:
@@ -320,10 +322,14 @@ class Profile:
             if prices.shape != (2, len(graph.nodes)) or (prices < 0).any():
                 raise ValueError(f"prices of shape {prices.shape} for {len(graph.nodes)} nodes")
             prices.flags.writeable = False
-            unsupported = tuple(UnsupportedOperator(name, count, tuple(where)) for name, count, where in data["unsupported"])
+            unsupported = tuple(
+                UnsupportedOperator(name, count, tuple(where)) for name, count, where in data["unsupported"]
+            )
             return cls(graph, prices, unsupported, tuple(data["notes"]), dict(data["versions"]))
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-            raise SavedFileError(f"{path} is damaged ({type(error).__name__}: {error}); profile the model again") from error
+            raise SavedFileError(
+                f"{path} is damaged ({type(error).__name__}: {error}); profile the model again"
+            ) from error
 
     def report(self, path: str | os.PathLike[str]) -> None:
         """Write a report by the suffix of ``path``: .html (one self-contained file), .md or .json."""

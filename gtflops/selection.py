@@ -38,7 +38,9 @@ class Selection:
 
     def __repr__(self) -> str:
         share = self.flops / self.profile.full_flops
-        return f"Selection({len(self.names)} of {len(self.mask)} tensors, {format_flops(self.flops)}, {share:.3f} of full)"
+        return (
+            f"Selection({len(self.names)} of {len(self.mask)} tensors, {format_flops(self.flops)}, {share:.3f} of full)"
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -20,9 +20,7 @@ def chain_optimum_brute_force(
     return max(sum(importance[k] for k in s) for s in selections if chain_cost(dw, dy, s) <= capacity)
 
 
-def chain_optimum_dp(
-    dw: Sequence[int], dy: Sequence[int], importance: Sequence[float], capacity: int
-) -> float:
+def chain_optimum_dp(dw: Sequence[int], dy: Sequence[int], importance: Sequence[float], capacity: int) -> float:
     """The best value, by dynamic programming over exact costs: best[weight] over the tensors so far."""
     best = {0: 0.0}
     optimum = 0.0

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import build, padded_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gtflops
 from gtflops.graph import Phase
+from small_models import build, padded_batch
 
 Output = namedtuple("Output", "loss")
 
@@ -62,7 +62,9 @@ def state_of(model: torch.nn.Module, batch: Any) -> Any:
             name: {key: copy.copy(value) for key, value in vars(module).items() if not key.startswith("_")}
             for name, module in model.named_modules()
         },
-        "hooks": {name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()},
+        "hooks": {
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
+        },
         "batch": copy.deepcopy(batch),
         "rng": (torch.get_rng_state(), random.getstate(), str(np.random.get_state())),
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -210,9 +212,9 @@ def test_a_loss_that_needs_no_gradient() -> None:
 
 
 def test_no_loss_at_all() -> None:
+    batch = padded_batch()
+    del batch["labels"]
     with pytest.raises(gtflops.InputError, match=r"\.loss None, expected a scalar tensor; put labels"):
-        batch = padded_batch()
-        del batch["labels"]
         gtflops.profile(build("llama"), batch)
 
 

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from real_steps import counted_by_pytorch, executed_operators, predicted_operators, train_only
-from small_models import CONFIGS, build, padded_batch
 
 import gtflops
+from real_steps import counted_by_pytorch, executed_operators, predicted_operators, train_only
+from small_models import CONFIGS, build, padded_batch
 
 
 def selections(names: tuple[str, ...], number: int) -> list[list[str]]:

@@ -65,9 +65,8 @@ def test_published_petaflops(full_petamacs: dict[str, Fraction], dataset: str, b
 
 def test_forward_by_fvcore() -> None:
     """A counter that shares no code with gtflops or with torch's agrees on the forward pass."""
-    from small_models import build, padded_batch
-
     from gtflops.recipes.demo import count_forward_by_fvcore
+    from small_models import build, padded_batch
 
     for family in ("llama", "opt", "gpt2"):
         model, batch = build(family), padded_batch()

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import build, padded_batch
-from test_capture import Restless, assert_same, squared, state_of
 
 import gtflops
+from small_models import build, padded_batch
+from test_capture import Restless, assert_same, squared, state_of
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1),
@@ -61,7 +61,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Any:
     names = {id(tensor): index for index, group in enumerate(optimizer.param_groups) for tensor in group["params"]}
     return {
         "state": copy.deepcopy({names[id(tensor)]: dict(values) for tensor, values in optimizer.state.items()}),
-        "identity": [id(value) for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)],
+        "identity": [
+            id(value) for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)
+        ],
         "groups": [
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups

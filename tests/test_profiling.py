@@ -12,11 +12,11 @@ import networkx
 import numpy as np
 import pytest
 import torch
-from small_models import build, padded_batch
 
 import gtflops
 from gtflops import Profile
 from gtflops.graph import Graph, Phase
+from small_models import build, padded_batch
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_steps import counted_by_pytorch, executed_operators, predicted_operators, train_only
 
 import gtflops
+from real_steps import counted_by_pytorch, executed_operators, predicted_operators, train_only
 
 WIDTH = 4
 
@@ -17,7 +17,9 @@ class RandomNetwork(torch.nn.Module):
 
     def __init__(self, num_layers: int, program: list[tuple[str, int, int, int]], outputs: list[int]) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH, bias=index % 2 == 0) for index in range(num_layers))
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(WIDTH, WIDTH, bias=index % 2 == 0) for index in range(num_layers)
+        )
         self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(WIDTH) for _ in range(num_layers))
         self.program, self.outputs = program, outputs
 
@@ -53,7 +55,9 @@ networks = st.builds(
     RandomNetwork,
     st.integers(1, 4),
     st.lists(
-        st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=9
+        st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 9), st.integers(0, 9)),
+        min_size=1,
+        max_size=9,
     ),
     st.lists(st.integers(0, 9), max_size=3),
 )

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import build, padded_batch
 
 import gtflops
 from gtflops import Profile
+from small_models import build, padded_batch
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,9 @@ def test_importance_with_missing_and_unknown_names(profile: Profile) -> None:
     importance = uniform(profile)
     del importance[profile.names[0]]
     importance["lm_head.wait"] = 1.0
-    with pytest.raises(gtflops.InputError, match=rf"lacks 1 of .* first '{profile.names[0]}' and has 1 names .*'lm_head.wait'"):
+    with pytest.raises(
+        gtflops.InputError, match=rf"lacks 1 of .* first '{profile.names[0]}' and has 1 names .*'lm_head.wait'"
+    ):
         gtflops.select(profile, importance, 0.6)
 
 

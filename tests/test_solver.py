@@ -37,9 +37,7 @@ def checked(dw: Any, dy: Any, importance: Any, capacity: int, **options: Any) ->
 
 
 @st.composite
-def chains(
-    draw: st.DrawFn, importances: st.SearchStrategy[float], max_size: int, largest_costs: list[int]
-) -> Chain:
+def chains(draw: st.DrawFn, importances: st.SearchStrategy[float], max_size: int, largest_costs: list[int]) -> Chain:
     n = draw(st.integers(0, max_size))
     cost = st.integers(0, draw(st.sampled_from(largest_costs)))
 
@@ -195,9 +193,7 @@ def test_when_the_states_run_out_the_answer_is_feasible_and_bounded() -> None:
         pytest.param([1, 1], [0, 0], [1e308, 5e-324], 2, [0, 1], id="the whole of float64"),
     ],
 )
-def test_edges(
-    dw: list[int], dy: list[int], importance: list[float], capacity: int, selected: list[int]
-) -> None:
+def test_edges(dw: list[int], dy: list[int], importance: list[float], capacity: int, selected: list[int]) -> None:
     result = checked(dw, dy, importance, capacity)
     assert result.optimal
     assert np.flatnonzero(result.mask).tolist() == selected
@@ -247,7 +243,7 @@ def test_the_answer_is_immutable() -> None:
     ],
 )
 def test_bad_input_is_named(changes: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = dict(dw=[1, 2, 3], dy=[1, 2, 3], importance=[1.0, 2.0, 3.0], capacity=5)
+    arguments: dict[str, Any] = {"dw": [1, 2, 3], "dy": [1, 2, 3], "importance": [1.0, 2.0, 3.0], "capacity": 5}
     with pytest.raises(InputError, match=message):
         knapsack(**(arguments | changes))
 

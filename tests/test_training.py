@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from real_steps import counted_by_pytorch
-from small_models import build, padded_batch
 
 import gtflops
+from real_steps import counted_by_pytorch
+from small_models import build, padded_batch
 
 
 def trainer_for(family: str = "llama", **options: Any) -> tuple[gtflops.GreenTrainer, list[dict[str, torch.Tensor]]]:

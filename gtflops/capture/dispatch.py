@@ -59,17 +59,13 @@ def outputs_of(result: Any) -> Sequence[Any]:
     return result if isinstance(result, (tuple, list)) else (result,)
 
 
-def describe_call(
-    func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
-) -> Call:
+def describe_call(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Call:
     """An operator that ran, as plain data."""
     return Call(
         _qualified_name(func),
         tuple(_argument(value) for value in args),
         tuple((name, _argument(value)) for name, value in kwargs.items()),
-        tuple(
-            tensor_type(output) if isinstance(output, torch.Tensor) else None for output in outputs_of(result)
-        ),
+        tuple(tensor_type(output) if isinstance(output, torch.Tensor) else None for output in outputs_of(result)),
     )
 
 
@@ -80,9 +76,7 @@ class OperatorMode(TorchDispatchMode):
     that the same operators are observed as without it.
     """
 
-    def observe(
-        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
+    def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         raise NotImplementedError
 
     def __torch_dispatch__(
@@ -120,13 +114,11 @@ class ExecutedFlops(OperatorMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = Flops()
         self.unsupported: dict[str, int] = {}
 
-    def observe(
-        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
+    def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         call = describe_call(func, args, kwargs, result)
         cost = price(call)
         if cost is None:

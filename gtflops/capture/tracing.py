@@ -80,6 +80,7 @@ def call_model(model: torch.nn.Module, batch: Any) -> Any:
 
 def loss_of(outputs: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
     """The scalar loss of a step: ``loss(outputs, batch)``, or ``outputs.loss``. InputError if it is none."""
+    value: Any
     if loss is not None:
         value = loss(outputs, batch)
         source = "the loss function returned"
@@ -137,9 +138,7 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
             recorder.add_input(name, tensor, Phase.BATCH, "")
         stack.enter_context(fake_mode)
         stack.enter_context(_without_log(logging.getLogger("torch._subclasses.fake_tensor")))
-        stack.enter_context(
-            stateless._reparametrize_module(model, {**fake, **fake_buffers}, tie_weights=True)  # type: ignore[dict-item]
-        )
+        stack.enter_context(stateless._reparametrize_module(model, {**fake, **fake_buffers}, tie_weights=True))
         stack.enter_context(recorder.modules_of(model))
         stack.enter_context(recorder)
         try:
@@ -184,7 +183,7 @@ class _Recorder(OperatorMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = torch.fx.Graph()
         self.phase = Phase.FORWARD
         self._nodes: dict[int, torch.fx.Node] = {}
@@ -206,9 +205,7 @@ class _Recorder(OperatorMode):
         node = self._nodes.get(id(tensor))
         return self.add_input("constant", tensor, Phase.CONSTANT, self._module()) if node is None else node
 
-    def observe(
-        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
+    def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if result is None and not func._schema.is_mutable:
             return
         node_args = pytree.tree_map_only(torch.Tensor, self.node_of, args)
@@ -273,12 +270,10 @@ class _Recorder(OperatorMode):
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
-def _written(
-    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[torch.Tensor]:
+def _written(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """The tensors that ``func`` writes into, as its schema declares."""
     if not func._schema.is_mutable:
         return
@@ -321,7 +316,9 @@ def _describe(batch: Any) -> str:
     """Shapes and dtypes of a batch, for messages."""
     return str(
         pytree.tree_map_only(
-            torch.Tensor, lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}", _plain(batch)
+            torch.Tensor,
+            lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
+            _plain(batch),
         )
     )
 

@@ -26,7 +26,7 @@ class TensorType:
         return self.dtype.startswith(("float", "bfloat", "complex"))
 
 
-Argument: TypeAlias = "TensorType | int | float | bool | str | None | tuple[Argument, ...]"
+Argument: TypeAlias = "TensorType | int | float | bool | str | tuple[Argument, ...] | None"
 
 
 @dataclass(frozen=True, slots=True)

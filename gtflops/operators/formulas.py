@@ -192,13 +192,14 @@ def gelu_backward(call: Call) -> Flops:
 def accumulate_values(position: int, name: str) -> Formula:
     """One addition for each element of the tensor that is added into another."""
 
-    def formula(call: Call) -> Flops:
-        values = call.argument(position, name)
-        if not isinstance(values, TensorType):
-            raise TypeError(f"{call.op}: argument {name} is {values!r}, expected a tensor")
-        return Flops(other=values.numel if values.is_floating else 0)
+    return lambda call: _values(call, position, name)
 
-    return formula
+
+def _values(call: Call, position: int, name: str) -> Flops:
+    values = call.argument(position, name)
+    if not isinstance(values, TensorType):
+        raise TypeError(f"{call.op}: argument {name} is {values!r}, expected a tensor")
+    return Flops(other=values.numel if values.is_floating else 0)
 
 
 def per_target(call: Call) -> Flops:
@@ -217,9 +218,7 @@ def squared_error(call: Call) -> Flops:
 
 def index_put(call: Call) -> Flops:
     """Writes values; with ``accumulate`` adds them, one addition a value written."""
-    if not call.argument(3, "accumulate", False):
-        return Flops()
-    return accumulate_values(2, "values")(call)
+    return _values(call, 2, "values") if call.argument(3, "accumulate", False) else Flops()
 
 
 def free(call: Call) -> Flops:

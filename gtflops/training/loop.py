@@ -147,9 +147,7 @@ class GreenTrainer:
         self.selection = select(self.profile, importance, self.budget)
         self.selection.apply(self.model)
         self.log.measuring_flops += self._profile_of(batch).full_flops
-        self.log.selections.append(
-            SelectionRecord(len(self.log.steps), self.selection, time.perf_counter() - started)
-        )
+        self.log.selections.append(SelectionRecord(len(self.log.steps), self.selection, time.perf_counter() - started))
 
     def step(self, batch: Any) -> StepRecord:
         """One training step on ``batch`` with the tensors selected last."""
@@ -162,7 +160,7 @@ class GreenTrainer:
                     f"the loss is {loss.item()} at step {len(self.log.steps)}; the weights are those of the step "
                     "before; expected a finite loss: try a lower learning rate, or look at the batch"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:

@@ -1,0 +1,124 @@
+"""Side by side in one run; pytest-benchmark prints the medians, and each one's ratio to the best of its group."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import gtflops
+from gtflops.capture import architecture
+from published_recursion import published_selection
+
+SMOLLM2, OPT = "HuggingFaceTB/SmolLM2-135M", "facebook/opt-2.7b"
+
+
+def fake_step(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor], FakeTensorMode]:
+    """A model and a batch of 4 x 512 on fake CPU tensors: no weights, real shapes."""
+    built = architecture(name, batch_size=4, seq_len=512)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model = built.model.to_empty(device="cpu")
+        model.tie_weights()
+        batch = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in built.batch.items()}
+    return model, batch, mode
+
+
+@pytest.fixture(scope="module", params=[SMOLLM2, OPT], ids=lambda name: name.rpartition("/")[2])
+def step(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    return request.param, fake_step(request.param)
+
+
+@pytest.fixture(scope="module")
+def opt() -> gtflops.Profile:
+    return gtflops.profile(OPT, batch_size=4, seq_len=512)
+
+
+def counting_run(model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: FakeTensorMode) -> int:
+    """What PyTorch offers: one forward and backward pass under its counter, for one selection."""
+    with mode, FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+        model.zero_grad()
+    return int(counter.get_total_flops())
+
+
+def test_trace_by_gtflops(benchmark: Any, step: tuple[str, Any]) -> None:
+    name, (model, batch, _) = step
+    benchmark.group = f"trace {name}, 4 x 512"
+    benchmark.pedantic(lambda: gtflops.profile(model, batch), rounds=5, warmup_rounds=1)
+
+
+def test_trace_by_flop_counter_mode(benchmark: Any, step: tuple[str, Any]) -> None:
+    name, (model, batch, mode) = step
+    benchmark.group = f"trace {name}, 4 x 512"
+    benchmark.pedantic(lambda: counting_run(model, batch, mode), rounds=5, warmup_rounds=1)
+
+
+def test_query_by_step_flops(benchmark: Any, opt: gtflops.Profile) -> None:
+    benchmark.group = "FLOPs of one selection, OPT-2.7B"
+    mask = np.random.default_rng(0).random(len(opt.names)) < 0.3
+    opt.step_flops(mask)
+    benchmark(opt.step_flops, mask)
+
+
+def test_query_by_flop_counter_mode(benchmark: Any) -> None:
+    benchmark.group = "FLOPs of one selection, OPT-2.7B"
+    model, batch, mode = fake_step(OPT)
+    for parameter, chosen in zip(model.parameters(), np.random.default_rng(0).random(516) < 0.3, strict=True):
+        parameter.requires_grad_(bool(chosen))
+    benchmark.pedantic(lambda: counting_run(model, batch, mode), rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.5, 0.7])
+@pytest.mark.parametrize("solver", ["gtflops", "published recursion in NumPy, 1,000 steps"])
+def test_solver(benchmark: Any, opt: gtflops.Profile, solver: str, budget: float) -> None:
+    benchmark.group = f"selection, OPT-2.7B, budget {budget}"
+    importance = np.random.default_rng(1).gamma(0.5, 1.0, len(opt.names))
+    capacity = int(budget * opt.full_flops) - opt.forward_flops
+    solve: Callable[[], np.ndarray] = {
+        "gtflops": lambda: gtflops.knapsack(opt.t_dw, opt.t_dy, importance, capacity).mask,
+        "published recursion in NumPy, 1,000 steps": lambda: published_selection(
+            opt.t_dw, opt.t_dy, importance, capacity
+        ),
+    }[solver]
+    mask = benchmark(solve)
+    best = gtflops.knapsack(opt.t_dw, opt.t_dy, importance, capacity)
+    benchmark.extra_info["importance, share of the optimum"] = float(importance[mask].sum() / best.value)
+    benchmark.extra_info["step, share of the budget"] = opt.step_flops(mask).total / (budget * opt.full_flops)
+    print(f"\n{benchmark.group}, {solver}: {benchmark.extra_info}")
+
+
+@pytest.fixture(scope="module")
+def training() -> tuple[Any, Any, Any]:
+    """SmolLM2-135M with random weights on 2 x 128 tokens: real tensors, one step of AdamW made."""
+    torch.manual_seed(0)
+    built = architecture(SMOLLM2, batch_size=2, seq_len=128)
+    model = built.model.to_empty(device="cpu")
+    model.tie_weights()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    ids = torch.randint(0, 49152, (2, 128))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    one_step(model, batch, optimizer)
+    return model, batch, optimizer
+
+
+def one_step(model: Any, batch: Any, optimizer: torch.optim.Optimizer) -> None:
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_importance_by_gtflops(benchmark: Any, training: tuple[Any, Any, Any]) -> None:
+    benchmark.group = "importance, SmolLM2-135M, 2 x 128"
+    model, batch, optimizer = training
+    benchmark.pedantic(lambda: gtflops.measure_importance(model, [batch], optimizer), rounds=5, warmup_rounds=1)
+
+
+def test_one_training_step(benchmark: Any, training: tuple[Any, Any, Any]) -> None:
+    benchmark.group = "importance, SmolLM2-135M, 2 x 128"
+    benchmark.pedantic(lambda: one_step(*training), rounds=5, warmup_rounds=1)

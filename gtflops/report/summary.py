@@ -1,0 +1,513 @@
+"""Everything a report says, computed once; the renderers only lay it out."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from gtflops.errors import InputError
+from gtflops.graph import GETITEM, Phase
+from gtflops.operators import TensorType, lookup
+from gtflops.profiling import Profile, UnsupportedOperator
+from gtflops.selection import Selection
+from gtflops.units import FLOPS_PER_MAC, format_flops, format_seconds
+
+if TYPE_CHECKING:
+    from gtflops.training.loop import TrainingLog
+
+Item = TypeVar("Item")
+
+FORMAT = "gtflops-report"
+FORMAT_VERSION = 1
+
+CONVENTIONS = (
+    f"A FLOP is one floating-point addition or multiplication; a multiply-add (MAC) is {FLOPS_PER_MAC} FLOPs.",
+    "All operators: everything that the operator table prices. Matrix products: only matrix products and "
+    "convolutions, the convention of PyTorch's own FLOP counter.",
+    "Weight gradients (dw): backward operators that exactly one tensor's gradient needs. Activation gradients (dy): "
+    "those that several tensors' gradients need.",
+    "Backward order: tensors from the loss towards the input, by when their gradient becomes computable.",
+    "t_dy of a tensor: activation gradients that it adds to what the tensors nearer to the loss already need. "
+    "Trained alone: the exact cost of a step in which only this tensor is trained.",
+    "Importance of a tensor: the sum over its elements of -(weight change of the optimizer) x (gradient), a "
+    "first-order estimate of the drop in loss.",
+    "Optimizer updates, communication and data loading are not counted.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """FLOPs of matrix products, and of everything else."""
+
+    matmul: int = 0
+    other: int = 0
+
+    @property
+    def all(self) -> int:
+        return self.matmul + self.other
+
+    def __add__(self, added: "Columns") -> "Columns":
+        return Columns(self.matmul + added.matmul, self.other + added.other)
+
+    def to_json(self) -> dict[str, int]:
+        return {"all": self.all, "matmul": self.matmul}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """FLOPs of a full step, or of a part of the model in it."""
+
+    forward: Columns = Columns()
+    dy: Columns = Columns()
+    dw: Columns = Columns()
+
+    @property
+    def backward(self) -> Columns:
+        return self.dy + self.dw
+
+    @property
+    def full(self) -> Columns:
+        return self.forward + self.backward
+
+    def __add__(self, added: "Cost") -> "Cost":
+        return Cost(self.forward + added.forward, self.dy + added.dy, self.dw + added.dw)
+
+    def parts(self) -> tuple[tuple[str, Columns], ...]:
+        """The lines of a table of totals."""
+        return (
+            ("Forward pass", self.forward),
+            ("Activation gradients (dy)", self.dy),
+            ("Weight gradients (dw)", self.dw),
+            ("Full step", self.full),
+        )
+
+    def to_json(self) -> dict[str, dict[str, int]]:
+        names = ("forward", "dy", "dw", "backward", "full")
+        return {name: getattr(self, name).to_json() for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorCost:
+    """An operator of the full step; ``kind`` is ``None`` where it has no price."""
+
+    name: str
+    kind: str | None
+    count: int
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCost:
+    """A layer, or another part of the model near its root; the empty name is what runs outside any submodule."""
+
+    name: str
+    numel: int
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """A tensor in backward order; ``selected`` and ``importance`` are ``None`` without a selection."""
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    numel: int
+    dtype: str
+    dw_flops: int
+    dy_flops: int
+    cumulative_dy_flops: int
+    alone_flops: int
+    alone_share: float
+    has_gradient: bool
+    selected: bool | None
+    importance: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionSummary:
+    """What is trained, and what a step with it costs: ``forward + dy + dw == flops``."""
+
+    tensors: int
+    all_tensors: int
+    numel: int
+    all_numel: int
+    deepest: str | None
+    budget_flops: int
+    full_flops: int
+    forward_flops: int
+    dy_flops: int
+    dw_flops: int
+    flops: int
+    value: float
+    upper_bound: float
+    optimal: bool
+    importance_captured: float
+
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Labels and values, as every renderer prints them."""
+        return (
+            ("Budget", f"{self.budget_flops / self.full_flops:.2%} of a full step, {format_flops(self.budget_flops)}"),
+            ("Exact cost of a step", f"{self.flops:,} FLOP, {self.flops / self.full_flops:.2%} of a full step"),
+            ("Tensors trained", f"{self.tensors:,} of {self.all_tensors:,}"),
+            ("Parameters trained", f"{self.numel:,} of {self.all_numel:,} ({self.numel / self.all_numel:.1%})"),
+            ("Deepest trained tensor", "none" if self.deepest is None else visible(self.deepest)),
+            ("Importance selected", f"{self.value:.6g}"),
+            ("Importance captured", f"{self.importance_captured:.2%} of all positive importance"),
+            ("Upper bound", f"{self.upper_bound:.6g}, for any selection of the chain form within the budget"),
+            ("Optimal", "yes, proven" if self.optimal else "not proven; the upper bound says how much may be missing"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionEvent:
+    """A selection made in training, after ``step`` steps; ``positions`` in backward order of what it trains."""
+
+    step: int
+    positions: tuple[int, ...]
+    flops: int
+    importance_captured: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """An optimizer step; ``loss`` is ``None`` where it was not finite."""
+
+    step: int
+    loss: float | None
+    planned_flops: int
+    cumulative_planned_flops: int
+    executed_flops: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSummary:
+    """The training log; ``executed_flops`` is ``None`` unless every step was counted."""
+
+    steps: tuple[StepRow, ...]
+    selections: tuple[SelectionEvent, ...]
+    planned_flops: int
+    executed_flops: int | None
+    measuring_flops: int
+    seconds: float
+
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Labels and values, as every renderer prints them."""
+        losses = [step.loss for step in self.steps if step.loss is not None]
+        executed = "not counted" if self.executed_flops is None else f"{self.executed_flops:,} FLOP"
+        return (
+            ("Steps", f"{len(self.steps):,}"),
+            ("Loss, first and last step", f"{losses[0]:.4g}, {losses[-1]:.4g}" if losses else "none"),
+            ("Training steps, planned", f"{self.planned_flops:,} FLOP"),
+            ("Training steps, executed", executed),
+            ("Selections", f"{len(self.selections):,}, measured with {format_flops(self.measuring_flops)} on top"),
+            ("Time", format_seconds(self.seconds)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A report. ``tensors`` stand in backward order, ``operators`` by falling cost, ``modules`` as they first run."""
+
+    model: str
+    batch: Mapping[str, TensorType]
+    cost: Cost
+    operators: tuple[OperatorCost, ...]
+    modules: tuple[ModuleCost, ...]
+    tensors: tuple[TensorRow, ...]
+    selection: SelectionSummary | None
+    training: TrainingSummary | None
+    notes: tuple[str, ...]
+    unsupported: tuple[UnsupportedOperator, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def numel(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors)
+
+    def headline(self) -> str:
+        """The answer in one sentence."""
+        full = self.cost.full.all
+        return (
+            f"One full training step costs {format_flops(full)} ({full:,}): "
+            f"{share(self.cost.forward.all, full)} forward pass, {share(self.cost.dy.all, full)} activation gradients, "
+            f"{share(self.cost.dw.all, full)} weight gradients. Matrix products are "
+            f"{share(self.cost.full.matmul, full)} of it."
+        )
+
+    def inputs(self) -> str:
+        """The batch that was profiled."""
+        return ", ".join(
+            f"{visible(name)}: {shape_text(tensor.shape)} {tensor.dtype}" for name, tensor in self.batch.items()
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, versioned."""
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "model": self.model,
+            "batch": {
+                name: {"shape": list(tensor.shape), "dtype": tensor.dtype} for name, tensor in self.batch.items()
+            },
+            "flops": self.cost.to_json(),
+            "operators": [
+                {"name": row.name, "kind": row.kind, "count": row.count, "flops": row.cost.to_json()}
+                for row in self.operators
+            ],
+            "modules": [{"name": row.name, "numel": row.numel, "flops": row.cost.to_json()} for row in self.modules],
+            "tensors": [{**_fields(row), "shape": list(row.shape)} for row in self.tensors],
+            "selection": None if self.selection is None else _fields(self.selection),
+            "training": None if self.training is None else self._training_json(self.training),
+            "notes": list(self.notes),
+            "unsupported": [{"name": op.name, "count": op.count, "where": list(op.where)} for op in self.unsupported],
+            "versions": dict(self.versions),
+            "conventions": list(CONVENTIONS),
+        }
+
+    def _training_json(self, training: TrainingSummary) -> dict[str, Any]:
+        return {
+            **_fields(training),
+            "steps": [_fields(step) for step in training.steps],
+            "selections": [
+                {
+                    "step": event.step,
+                    "names": [self.tensors[position].name for position in event.positions],
+                    "flops": event.flops,
+                    "importance_captured": event.importance_captured,
+                    "seconds": event.seconds,
+                }
+                for event in training.selections
+            ],
+        }
+
+
+def summarise(profile: Profile, selection: Selection | None = None, log: "TrainingLog | None" = None) -> Summary:
+    """One pass over the graph of a profile, with what was selected and trained if it is given."""
+    if selection is None and log is not None and log.selections:
+        selection = log.selections[-1].selection
+    given = [] if selection is None else [selection]
+    given += [] if log is None else [record.selection for record in log.selections]
+    for other in given:
+        if other.profile.names != profile.names:
+            raise InputError(
+                f"a selection is of a profile of {other.profile.graph.model} with {len(other.profile.names)} tensors, "
+                f"expected one of {profile.graph.model} with the same {len(profile.names)} tensors"
+            )
+    operators, modules = _by_operator_and_module(profile)
+    cost = sum((row.cost for row in operators), Cost())
+    return Summary(
+        model=profile.graph.model,
+        batch=profile.graph.batch,
+        cost=cost,
+        operators=operators,
+        modules=modules,
+        tensors=_tensors(profile, selection),
+        selection=None if selection is None else _selection(profile, selection),
+        training=None if log is None else _training(log),
+        notes=profile.notes,
+        unsupported=profile.unsupported,
+        versions=profile.versions,
+    )
+
+
+def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...], tuple[ModuleCost, ...]]:
+    nodes = profile.graph.nodes
+    owners = _owners(profile)
+    counts: dict[str, int] = {}
+    by_operator: dict[str, Cost] = {}
+    by_module: dict[str, Cost] = {}
+    for index, node in enumerate(nodes):
+        flops = Columns(int(profile.prices[0, index]), int(profile.prices[1, index]))
+        if node.phase is Phase.FORWARD:
+            cost = Cost(forward=flops)
+        elif node.phase is Phase.BACKWARD and owners[index] is not None:
+            cost = Cost(dy=flops) if owners[index] == _SEVERAL else Cost(dw=flops)
+        else:
+            continue
+        # An operator priced by output carries its price on the nodes that pick its outputs.
+        picks = node.call.op == GETITEM
+        op = nodes[node.inputs[0]].call.op if picks else node.call.op
+        counts[op] = counts.get(op, 0) + (not picks)
+        by_operator[op] = by_operator.get(op, Cost()) + cost
+        group = module_group(node.module)
+        by_module[group] = by_module.get(group, Cost()) + cost
+    numel: dict[str, int] = {}
+    for tensor in profile.tensors:
+        group = module_group(tensor.module)
+        numel[group] = numel.get(group, 0) + tensor.numel
+    operators = (
+        OperatorCost(op, None if (entry := lookup(op)) is None else str(entry.kind), counts[op], cost)
+        for op, cost in by_operator.items()
+    )
+    return (
+        tuple(sorted(operators, key=lambda row: (-row.cost.full.all, row.name))),
+        tuple(ModuleCost(group, numel.get(group, 0), cost) for group, cost in by_module.items()),
+    )
+
+
+_SEVERAL = -1
+
+
+def _owners(profile: Profile) -> list[int | None]:
+    """For each node, the one tensor whose gradient needs it, ``_SEVERAL``, or ``None`` where no gradient does."""
+    nodes = profile.graph.nodes
+    owners: list[int | None] = [None] * len(nodes)
+
+    def need(index: int, owner: int) -> None:
+        owners[index] = owner if owners[index] in (None, owner) else _SEVERAL
+
+    for position, name in enumerate(profile.names):
+        gradient = profile.graph.gradients[name]
+        if gradient is not None:
+            need(gradient, position)
+    for index in range(len(nodes) - 1, -1, -1):
+        owner = owners[index]
+        if owner is not None and nodes[index].phase is Phase.BACKWARD:
+            for source in nodes[index].inputs:
+                need(source, owner)
+    return owners
+
+
+def module_group(module: str) -> str:
+    """The layer that a module is part of, else the first two names of its path.
+
+    >>> module_group("model.layers.3.mlp.up_proj"), module_group("model.embed_tokens"), module_group("lm_head")
+    ('model.layers.3', 'model.embed_tokens', 'lm_head')
+    """
+    parts = module.split(".")
+    end = next((position for position, part in enumerate(parts, start=1) if part.isdigit()), 2)
+    return ".".join(parts[:end])
+
+
+def _tensors(profile: Profile, selection: Selection | None) -> tuple[TensorRow, ...]:
+    count = len(profile.tensors)
+    alone = [profile.step_flops(np.arange(count) == position).total for position in range(count)]
+    return tuple(
+        TensorRow(
+            name=tensor.name,
+            module=tensor.module,
+            shape=tensor.shape,
+            numel=tensor.numel,
+            dtype=tensor.dtype,
+            dw_flops=tensor.dw_flops,
+            dy_flops=tensor.dy_flops,
+            cumulative_dy_flops=cumulative,
+            alone_flops=alone[position],
+            alone_share=alone[position] / profile.full_flops if profile.full_flops else 0.0,
+            has_gradient=tensor.has_gradient,
+            selected=None if selection is None else bool(selection.mask[position]),
+            importance=None if selection is None else float(selection.importance[tensor.name]),
+        )
+        for position, (tensor, cumulative) in enumerate(
+            zip(profile.tensors, accumulate(tensor.dy_flops for tensor in profile.tensors), strict=True)
+        )
+    )
+
+
+def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
+    chosen = [tensor for tensor, selected in zip(profile.tensors, selection.mask, strict=True) if selected]
+    dw = sum(tensor.dw_flops for tensor in chosen)
+    return SelectionSummary(
+        tensors=len(chosen),
+        all_tensors=len(profile.tensors),
+        numel=sum(tensor.numel for tensor in chosen),
+        all_numel=sum(tensor.numel for tensor in profile.tensors),
+        deepest=chosen[-1].name if chosen else None,
+        budget_flops=selection.budget_flops,
+        full_flops=profile.full_flops,
+        forward_flops=profile.forward_flops,
+        dy_flops=selection.flops - profile.forward_flops - dw,
+        dw_flops=dw,
+        flops=selection.flops,
+        value=selection.value,
+        upper_bound=selection.upper_bound,
+        optimal=selection.optimal,
+        importance_captured=selection.importance_captured,
+    )
+
+
+def _training(log: "TrainingLog") -> TrainingSummary:
+    return TrainingSummary(
+        steps=tuple(
+            StepRow(
+                step=step.step,
+                loss=step.loss if math.isfinite(step.loss) else None,
+                planned_flops=step.planned_flops,
+                cumulative_planned_flops=cumulative,
+                executed_flops=step.executed_flops,
+                seconds=step.seconds,
+            )
+            for step, cumulative in zip(log.steps, accumulate(step.planned_flops for step in log.steps), strict=True)
+        ),
+        selections=tuple(
+            SelectionEvent(
+                step=record.step,
+                positions=tuple(int(position) for position in np.flatnonzero(record.selection.mask)),
+                flops=record.selection.flops,
+                importance_captured=record.selection.importance_captured,
+                seconds=record.seconds,
+            )
+            for record in log.selections
+        ),
+        planned_flops=log.planned_flops,
+        executed_flops=log.executed_flops,
+        measuring_flops=log.measuring_flops,
+        seconds=log.seconds,
+    )
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__slots__}
+
+
+# --- how values are written, the same in every renderer ---------------------------------------------------------
+
+
+def share(part: int, whole: int) -> str:
+    """A share in percent; of nothing, there is none."""
+    return f"{part / whole:.1%}" if whole else "n/a"
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """Sizes with a multiplication sign between them; a scalar has an empty shape."""
+    return " \N{MULTIPLICATION SIGN} ".join(map(str, shape)) or "scalar"
+
+
+def visible(text: str) -> str:
+    """Characters that would not show, or would act on a terminal or the direction of text, as escapes.
+
+    >>> print(visible("a\\nb"))
+    a\\nb
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def shorten(text: str, most: int) -> str:
+    """The two ends of a long text: names of tensors differ at either.
+
+    >>> shorten("0123456789", 5)
+    '01…89'
+    """
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
+
+
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """At most ``most`` (two or more) of the items, evenly spaced, the first and the last among them.
+
+    >>> evenly(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[place * (len(items) - 1) // (most - 1)] for place in range(most)]

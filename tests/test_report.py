@@ -1,0 +1,522 @@
+"""Reports: the numbers are the profile's, the page loads nothing, and a name is only ever text."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+import gtflops
+from gtflops.errors import InputError
+from gtflops.graph import Phase
+from gtflops.profiling import Profile, UnsupportedOperator
+from gtflops.report import write
+from gtflops.report.summary import evenly, summarise, visible
+from gtflops.report.terminal import profile_tables, selection_table
+from gtflops.selection import Selection, select
+from gtflops.training.loop import TrainingLog
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    "a|b *c* [d](http://example.com) _e_ __f__ a_b",
+    "`f` ``g\\",
+    "line\nbreak\x1b[31m\u202e",
+    "[bold red]markup[/] {{ 7*7 }} %{x} $y$ &amp; <b>bold</b>",
+    "n" * 10_000,
+)
+
+
+class Net(torch.nn.Module):
+    """Operators with several outputs, an input that two layers share, and a layer that the loss does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(3, 8)
+        self.norm = torch.nn.LayerNorm(8)
+        self.left = torch.nn.Linear(8, 5)
+        self.right = torch.nn.Linear(8, 5, bias=False)
+        self.unused = torch.nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(torch.relu(self.first(x)))
+        gate: torch.Tensor = torch.tanh(self.left(x))
+        return gate.mul(self.right(x))
+
+
+def square(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+    loss: torch.Tensor = outputs.square().mean()
+    return loss
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return gtflops.profile(Net(), torch.ones(4, 3), loss=square)
+
+
+@pytest.fixture(scope="module")
+def selection(profile: Profile) -> Selection:
+    return select(profile, {tensor.name: tensor.numel for tensor in profile.tensors}, budget=0.7)
+
+
+@pytest.fixture(scope="module")
+def log(profile: Profile) -> TrainingLog:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batches = [torch.randn(4, 3) for _ in range(6)]
+    trainer = gtflops.GreenTrainer(model, optimizer, profile, budget=0.7, every=2, loss=square, count_executed=True)
+    return trainer.fit(batches)
+
+
+@pytest.fixture(scope="module")
+def hostile(profile: Profile) -> Profile:
+    """The profile with hostile names wherever a model could put one."""
+    assert len(profile.names) >= len(HOSTILE)
+    named = dict(zip(profile.names, HOSTILE, strict=False))
+    nodes = tuple(
+        replace(
+            node,
+            name=named.get(node.name, node.name) if node.phase is Phase.PARAMETER else node.name,
+            module=HOSTILE[index % len(HOSTILE)],
+        )
+        for index, node in enumerate(profile.graph.nodes)
+    )
+    gradients = {named.get(name, name): node for name, node in profile.graph.gradients.items()}
+    return replace(
+        profile,
+        graph=replace(profile.graph, model=HOSTILE[0], nodes=nodes, gradients=gradients),
+        unsupported=(UnsupportedOperator(HOSTILE[1], 3, HOSTILE),),
+        notes=HOSTILE,
+        versions={HOSTILE[0]: HOSTILE[1]},
+    )
+
+
+@pytest.fixture(scope="module")
+def hostile_selection(hostile: Profile) -> Selection:
+    importance = {tensor.name: float(tensor.numel) for tensor in hostile.tensors}
+    return select(hostile, importance, budget=1.0, allow_unsupported=True)
+
+
+@pytest.fixture(scope="module")
+def hostile_log(hostile_selection: Selection, log: TrainingLog) -> TrainingLog:
+    records = [replace(record, selection=hostile_selection) for record in log.selections]
+    return TrainingLog(log.steps, records, log.measuring_flops)
+
+
+# --- one computation ----------------------------------------------------------------------------------------------
+
+
+def test_parts_add_up_to_the_full_step(profile: Profile) -> None:
+    cost = summarise(profile).cost
+    assert cost.forward.all + cost.dy.all + cost.dw.all == cost.full.all == profile.full_flops
+    assert cost.full.matmul == profile.step_flops("all", ops="matmul").total
+    assert cost.forward.matmul == profile.step_flops("all", ops="matmul").forward
+    assert (cost.dw.all, cost.dy.all) == (profile.t_dw.sum(), profile.t_dy.sum())
+
+
+@pytest.mark.parametrize("rows", ["operators", "modules"])
+def test_tables_add_up_to_the_full_step(profile: Profile, rows: str) -> None:
+    summary = summarise(profile)
+    for part in ("forward", "dy", "dw", "full"):
+        for column in ("all", "matmul"):
+            total = sum(getattr(getattr(row.cost, part), column) for row in getattr(summary, rows))
+            assert total == getattr(getattr(summary.cost, part), column)
+
+
+def test_operators_are_counted_once_each(profile: Profile) -> None:
+    counts = {row.name: row.count for row in summarise(profile).operators}
+    assert counts["aten.native_layer_norm.default"] == counts["aten.native_layer_norm_backward.default"] == 1
+    assert counts["aten.addmm.default"] == 2
+    assert "getitem" not in counts
+
+
+def test_tensors_are_the_profile_s(profile: Profile, selection: Selection) -> None:
+    rows = summarise(profile, selection).tensors
+    assert [row.name for row in rows] == list(profile.names)
+    assert [row.dw_flops for row in rows] == profile.t_dw.tolist()
+    assert [row.dy_flops for row in rows] == profile.t_dy.tolist()
+    assert [row.cumulative_dy_flops for row in rows] == profile.t_dy.cumsum().tolist()
+    assert [row.alone_flops for row in rows] == [profile.step_flops([row.name]).total for row in rows]
+    assert tuple(row.name for row in rows if row.selected) == selection.names
+    assert [row.has_gradient for row in rows].count(False) == 2
+
+
+def test_selected_step_adds_up(profile: Profile, selection: Selection) -> None:
+    chosen = summarise(profile, selection).selection
+    assert chosen is not None
+    assert chosen.forward_flops + chosen.dy_flops + chosen.dw_flops == chosen.flops == selection.flops
+    assert min(chosen.dy_flops, chosen.dw_flops) >= 0
+    assert chosen.deepest == selection.names[-1]
+
+
+def test_log_alone_reports_its_last_selection(profile: Profile, log: TrainingLog) -> None:
+    summary = summarise(profile, log=log)
+    assert summary.selection is not None
+    assert summary.training is not None
+    assert summary.selection.flops == log.selections[-1].selection.flops
+    assert summary.training.steps[-1].cumulative_planned_flops == log.planned_flops
+    assert summary.training.executed_flops == log.executed_flops == log.planned_flops
+    assert [event.step for event in summary.training.selections] == [0, 2, 4]
+
+
+def test_loss_that_is_not_finite_is_none(profile: Profile, log: TrainingLog, tmp_path: Path) -> None:
+    broken = TrainingLog([replace(step, loss=float("nan")) for step in log.steps], log.selections)
+    for suffix in (".json", ".md", ".html"):
+        write(tmp_path / f"report{suffix}", profile, log=broken)
+    assert read_json(tmp_path / "report.json")["training"]["steps"][0]["loss"] is None
+
+
+def test_selection_of_another_profile_is_refused(profile: Profile, hostile_selection: Selection) -> None:
+    with pytest.raises(InputError, match="expected one of Net"):
+        summarise(profile, hostile_selection)
+
+
+def test_evenly_keeps_both_ends() -> None:
+    for count in range(1, 40):
+        for most in range(2, 12):
+            shown = evenly(range(count), most)
+            assert (shown[0], shown[-1]) == (0, count - 1)
+            assert len(set(shown)) == len(shown) == min(count, most)
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_json_holds_the_profile_s_numbers(
+    profile: Profile, selection: Selection, log: TrainingLog, tmp_path: Path
+) -> None:
+    write(tmp_path / "report.json", profile, selection, log)
+    data = read_json(tmp_path / "report.json")
+    assert (data["format"], data["version"]) == ("gtflops-report", 1)
+    assert data["flops"]["full"]["all"] == profile.full_flops
+    assert data["flops"]["forward"]["all"] == profile.forward_flops
+    assert data["flops"]["full"]["matmul"] == profile.step_flops("all", ops="matmul").total
+    assert [row["dw_flops"] for row in data["tensors"]] == profile.t_dw.tolist()
+    assert [row["dy_flops"] for row in data["tensors"]] == profile.t_dy.tolist()
+    assert [tuple(row["shape"]) for row in data["tensors"]] == [tensor.shape for tensor in profile.tensors]
+    assert [row["importance"] for row in data["tensors"]] == [selection.importance[name] for name in profile.names]
+    assert data["selection"]["flops"] == selection.flops
+    assert [event["names"] for event in data["training"]["selections"]] == [
+        list(record.selection.names) for record in log.selections
+    ]
+    assert [step["loss"] for step in data["training"]["steps"]] == [step.loss for step in log.steps]
+
+
+def test_json_keeps_names_exactly(hostile: Profile, tmp_path: Path) -> None:
+    write(tmp_path / "report.json", hostile)
+    assert [row["name"] for row in read_json(tmp_path / "report.json")["tensors"]] == list(hostile.names)
+
+
+# --- HTML ---------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What a browser makes of the page: tags, and text by the tag that holds it."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "input", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def within(self, tag: str) -> list[str]:
+        return [text for holder, text in self.texts if holder == tag]
+
+
+def page_of(path: Path, *args: Any) -> Page:
+    write(path, *args)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def page(profile: Profile, selection: Selection, log: TrainingLog, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return page_of(tmp_path_factory.mktemp("page") / "report.html", profile, selection, log)
+
+
+@pytest.fixture(scope="module")
+def hostile_page(
+    hostile: Profile,
+    hostile_selection: Selection,
+    hostile_log: TrainingLog,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Page:
+    return page_of(tmp_path_factory.mktemp("page") / "report.html", hostile, hostile_selection, hostile_log)
+
+
+@pytest.mark.parametrize("which", ["page", "hostile_page"])
+def test_page_loads_and_runs_nothing_but_itself(which: str, request: pytest.FixtureRequest) -> None:
+    page: Page = request.getfixturevalue(which)
+    assert page.open == []
+    loading = {"src", "srcset", "data", "action", "formaction", "poster", "background", "ping"}
+    for tag, attributes in page.tags:
+        assert tag not in {"link", "img", "iframe", "object", "embed", "base", "form", "svg", "video", "audio"}
+        assert not loading & attributes.keys()
+        assert not any(name.startswith("on") for name in attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+        assert not re.search(r"url\(|@import", attributes.get("style") or "")
+        assert (attributes.get("http-equiv") or "Content-Security-Policy") == "Content-Security-Policy"
+    assert not re.search(r"url\(|@import", "".join(page.within("style")))
+    policies = [attributes["content"] or "" for tag, attributes in page.tags if "http-equiv" in attributes]
+    (policy,) = policies
+    assert policy.startswith("default-src 'none'; script-src 'nonce-")
+    nonce = policy.split("'nonce-")[1].split("'")[0]
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "charts"}, {"nonce": nonce}, {"nonce": nonce}]
+
+
+def test_policy_comes_before_all_content(page: Page) -> None:
+    assert [tag for tag, _ in page.tags][:4] == ["html", "head", "meta", "meta"]
+
+
+def test_page_says_the_profile_s_numbers(page: Page, profile: Profile, selection: Selection) -> None:
+    cells = page.within("td")
+    for exact in (profile.full_flops, profile.forward_flops, int(profile.t_dw.sum()), int(profile.t_dy.sum())):
+        assert f"{exact:,}" in cells
+    assert any(f"{selection.flops:,} FLOP" in text for text in page.within("dd"))
+    assert set(profile.names) <= set(page.within("code"))
+
+
+def test_headings_are_in_order_and_tables_labelled(page: Page) -> None:
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert (levels[0], levels.count(1)) == (1, 1)
+    assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("table") == tags.count("caption") == 5
+    assert all(attributes.get("scope") in ("row", "col") for tag, attributes in page.tags if tag == "th")
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        for reference in ("aria-labelledby", "for"):
+            assert attributes.get(reference, ids[0]) in ids
+        assert (attributes.get("href") or f"#{ids[0]}")[1:] in ids
+
+
+def test_hostile_names_are_text(hostile_page: Page, hostile: Profile) -> None:
+    titles = {attributes.get("title") for tag, attributes in hostile_page.tags if tag == "code"}
+    shown = set(hostile_page.within("code")) | titles
+    assert {visible(name) for name in hostile.names} <= shown
+    assert all(len(text) <= 120 for text in hostile_page.within("code"))
+
+
+def strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [found for item in value.values() for found in strings(item)]
+    if isinstance(value, list):
+        return [found for item in value for found in strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_hostile_names_are_text_in_charts(hostile_page: Page) -> None:
+    holder = "".join(hostile_page.within("script"))
+    block = holder[: holder.index("/**")]  # plotly.js opens with a comment
+    assert "<" not in block
+    charts = json.loads(block)
+    assert set(charts) == {"depth", "training", "selections"}
+    ours = ("<br>", "<extra></extra>")
+    for label in strings(charts):
+        for tag in ours:
+            label = label.replace(tag, "")
+        assert not {"<", "\n"} & set(label)
+        assert len(label) < 400
+    assert any("&lt;script&gt;alert(1)&lt;/script&gt;" in label for label in strings(charts))
+
+
+def test_charts_hold_the_costs(page: Page, profile: Profile, selection: Selection) -> None:
+    holder = "".join(page.within("script"))
+    charts = json.loads(holder[: holder.index("/**")])
+    by_axis: dict[str, dict[int, int]] = {}
+    for trace in charts["depth"]["data"]:
+        by_axis.setdefault(trace["yaxis"], {}).update(zip(trace["x"], trace["y"], strict=True))
+    places = range(1, len(profile.names) + 1)
+    assert [by_axis["y"][place] for place in places] == profile.t_dw.tolist()
+    assert [by_axis["y2"][place] for place in places] == profile.t_dy.tolist()
+    assert [by_axis["y3"][place] for place in places] == profile.t_dy.cumsum().tolist()
+    assert [place - 1 for place in by_axis["y4"]] == selection.mask.nonzero()[0].tolist()
+    (selection_map,) = charts["selections"]["data"]
+    assert (len(selection_map["z"]), len(selection_map["x"])) == (len(profile.names), 4)
+
+
+def test_page_is_light(profile: Profile, tmp_path: Path) -> None:
+    write(tmp_path / "report.html", profile)
+    assert (tmp_path / "report.html").stat().st_size < 5_500_000
+
+
+def test_equal_reports_are_equal_files(profile: Profile, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.html", profile)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+@pytest.mark.parametrize("package", ["jinja2", "plotly.offline"])
+def test_html_without_the_extra_says_what_to_install(
+    package: str, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=r"pip install 'gtflops\[report\]'"):
+        write(tmp_path / "report.html", profile)
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "report.md", profile)
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    """Rows of rendered cells, by a CommonMark parser with GitHub's tables."""
+    tables: list[list[list[str]]] = []
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    for before, token in pairwise(tokens):
+        if token.type == "table_open":
+            tables.append([])
+        elif token.type == "tr_open":
+            tables[-1].append([])
+        elif token.type == "inline" and before.type in ("td_open", "th_open"):
+            tables[-1][-1].append("".join(child.content for child in token.children or []))
+        assert token.type != "html_block"
+        assert not any(child.type in ("html_inline", "link_open", "image") for child in token.children or [])
+    return tables
+
+
+def test_markdown_parses_and_adds_up(profile: Profile, selection: Selection, log: TrainingLog, tmp_path: Path) -> None:
+    write(tmp_path / "report.md", profile, selection, log)
+    tables = markdown_tables((tmp_path / "report.md").read_text(encoding="utf-8"))
+    assert [len(table) - 1 for table in tables] == [
+        4,
+        len(summarise(profile).modules),
+        6,
+        3,
+        len(profile.names),
+        len(summarise(profile).operators),
+    ]
+    assert all(len({len(row) for row in table}) == 1 for table in tables)
+    assert tables[0][4][1] == f"{profile.full_flops:,}"
+    assert [row[1] for row in tables[4][1:]] == list(profile.names)
+    assert [row[5] for row in tables[4][1:] if row[5] != "no gradient"] == [
+        f"{tensor.dw_flops:,}" for tensor in profile.tensors if tensor.has_gradient
+    ]
+
+
+def test_markdown_shows_hostile_names_as_text(
+    hostile: Profile, hostile_selection: Selection, hostile_log: TrainingLog, tmp_path: Path
+) -> None:
+    write(tmp_path / "report.md", hostile, hostile_selection, hostile_log)
+    tables = markdown_tables((tmp_path / "report.md").read_text(encoding="utf-8"))
+    assert all(len({len(row) for row in table}) == 1 for table in tables)
+    assert [row[1] for row in tables[4][1:]] == [visible(name) for name in hostile.names]
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["report.txt", "report", "report.html.gz"])
+def test_other_suffix_is_refused(name: str, profile: Profile, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected \.html, \.md or \.json"):
+        write(tmp_path / name, profile)
+
+
+@pytest.mark.parametrize("suffix", [".html", ".md", ".json"])
+def test_folder_that_cannot_be_written(suffix: str, profile: Profile, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("missing", "file"):
+        with pytest.raises(InputError, match="expected a file in a writable folder"):
+            write(tmp_path / folder / f"report{suffix}", profile)
+
+
+@pytest.mark.parametrize("suffix", [".html", ".md", ".json"])
+def test_failure_leaves_the_old_file(
+    suffix: str, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"report{suffix}"
+    path.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(InputError, match="No space left"):
+            write(path, profile)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    write(path, profile)
+    assert len(path.read_text(encoding="utf-8")) > 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_report_needs_no_torch(profile: Profile, tmp_path: Path) -> None:
+    profile.save(tmp_path / "profile.json")
+    script = """
+import sys, gtflops
+profile = gtflops.Profile.load("profile.json")
+for suffix in ("html", "md", "json"):
+    profile.report(f"report.{suffix}")
+from gtflops.report.terminal import profile_tables
+profile_tables(profile)
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, timeout=60)
+
+
+# --- terminal -----------------------------------------------------------------------------------------------------
+
+
+def printed(width: int, *renderables: Any) -> str:
+    stream = StringIO()
+    console = Console(file=stream, width=width, force_terminal=False)
+    for renderable in renderables:
+        console.print(renderable)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_terminal_prints(width: int, profile: Profile, selection: Selection) -> None:
+    text = printed(width, profile_tables(profile, top=3), selection_table(selection))
+    assert all(len(line) <= width for line in text.splitlines())
+    assert f"{profile.full_flops:,} FLOP" in text
+    assert all(word in text for word in ("Full step", "t_dw", "Optimal"))
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_terminal_shows_hostile_names_as_text(width: int, hostile: Profile, hostile_selection: Selection) -> None:
+    text = printed(width, profile_tables(hostile, top=100), selection_table(hostile_selection))
+    assert all(len(line) <= width for line in text.splitlines())
+    assert not {"\x1b", "\u202e"} & set(text)
+    if width == 200:
+        assert "[bold red]markup[/]" in text
+        assert "<script>alert(1)</script>" in text
+
+
+def test_summary_of_a_saved_profile_is_the_same(profile: Profile, tmp_path: Path) -> None:
+    profile.save(tmp_path / "profile.json")
+    assert summarise(Profile.load(tmp_path / "profile.json")) == summarise(profile)
