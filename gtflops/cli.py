@@ -170,7 +170,7 @@ def train_command(
 
     Example: gtflops train smollm2 --data aclsum --budget 0.5 --steps 75 --html run.html
     """
-    from gtflops.profiling import write_whole
+    from gtflops.files import write_whole
     from gtflops.recipes.datasets import aclsum, jsonl
     from gtflops.recipes.finetune import FineTuneSettings, finetune
     from gtflops.recipes.models import load_pretrained
@@ -225,7 +225,7 @@ def demo_command(
 
     Example: gtflops demo --steps 20 --every 10
     """
-    from gtflops.profiling import write_whole
+    from gtflops.files import write_whole
     from gtflops.recipes.demo import run_demo
     from gtflops.recipes.finetune import FineTuneSettings
 

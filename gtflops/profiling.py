@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from gtflops import _core
 from gtflops.errors import InputError, SavedFileError
+from gtflops.files import write_whole
 from gtflops.graph import GETITEM, Graph, Phase
 from gtflops.operators import Flops, FlopsByOutput, price
 from gtflops.units import format_flops
@@ -399,32 +399,6 @@ def _csr(lists: tuple[tuple[int, ...], ...]) -> tuple[npt.NDArray[np.int64], npt
     """Offsets and concatenation of integer lists."""
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     return offsets, np.array([item for items in lists for item in items], dtype=np.int64)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary one beside it, so that it is never seen half written."""
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                temporary.unlink()
-                raise
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; expected a file in a writable folder") from error
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def profile(

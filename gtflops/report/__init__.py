@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gtflops.errors import InputError
-from gtflops.profiling import Profile, write_whole
+from gtflops.files import write_whole
+from gtflops.profiling import Profile
 from gtflops.report import html, markdown
 from gtflops.report.summary import summarise
 from gtflops.selection import Selection
