@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gtflops
@@ -244,6 +245,23 @@ def test_data_dependent_control_flow_names_the_line(model: type[torch.nn.Linear]
     with pytest.raises(gtflops.UnsupportedModelError) as raised:
         gtflops.profile(model(4, 4), torch.ones(2, 4), squared)
     assert f"{__file__}:{number}: {code}" in str(raised.value)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_is_refused(use_reentrant: bool) -> None:
+    """What is recomputed depends on the selection in ways that the graph does not hold yet: no silent guess."""
+
+    class Checkpointed(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(super().forward, super().forward(x), use_reentrant=use_reentrant)
+
+    with pytest.raises(gtflops.UnsupportedModelError, match="checkpoint"):
+        gtflops.profile(Checkpointed(4, 4), torch.ones(2, 4), squared)
+
+
+def test_a_batch_that_requires_a_gradient() -> None:
+    with pytest.raises(gtflops.InputError, match="tensor '0' requires a gradient"):
+        gtflops.profile(torch.nn.Linear(4, 4), (torch.ones(2, 4, requires_grad=True),), squared)
 
 
 def test_unknown_model_names_suggest_known_ones() -> None:

@@ -116,6 +116,12 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
             f"{type(model).__name__} has no floating-point parameters, so there is nothing to train; "
             "expected a model with at least one"
         )
+    for name, tensor in _batch_tensors(batch):
+        if tensor.requires_grad:
+            raise InputError(
+                f"the batch's tensor {name!r} requires a gradient, which a step would compute besides those of the "
+                "parameters; expected a batch without: detach it"
+            )
     fake_mode = detect_fake_mode(list(parameters.values())) or FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
@@ -146,7 +152,7 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
             recorder.phase = Phase.BACKWARD
             trainable = {name: tensor for name, tensor in fake.items() if tensor.requires_grad}
             gradients = torch.autograd.grad(value, list(trainable.values()), allow_unused=True)
-        except InputError:
+        except (InputError, UnsupportedModelError):
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedModelError(
@@ -208,6 +214,12 @@ class _Recorder(OperatorMode):
     def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if result is None and not func._schema.is_mutable:
             return
+        if torch._C._current_autograd_node() is not None and torch.is_grad_enabled():
+            # Only a forward pass that is run again has gradients enabled inside of backward.
+            raise UnsupportedModelError(
+                "a part of the model is recomputed in the backward pass (activation checkpointing), which gtflops does "
+                "not price yet; profile it without, for example after model.gradient_checkpointing_disable()"
+            )
         node_args = pytree.tree_map_only(torch.Tensor, self.node_of, args)
         node_kwargs = pytree.tree_map_only(torch.Tensor, self.node_of, kwargs)
         read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
