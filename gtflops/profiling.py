@@ -446,4 +446,4 @@ def profile(
         captured, notes = trace(built.model, built.batch, loss), built.notes
     else:
         raise InputError(f"model is a {type(model).__name__}, expected a torch.nn.Module or a name")
-    return Profile.from_graph(captured.to_graph(), notes, versions)
+    return Profile.from_graph(captured.to_graph(), (*notes, *captured.notes), versions)

@@ -42,8 +42,7 @@ class PricedOperators(OperatorMode):
         cost = price(call)
         assert cost is not None, call.op
         if isinstance(cost, FlopsByOutput):
-            asked = tuple(part for part, output in zip(cost.outputs, call.outputs, strict=True) if output is not None)
-            cost = FlopsByOutput(cost.shared, asked).total
+            cost = cost.executed(call)
         if any(cost):
             self.seen[call.op.replace("_.", "."), tuple(tensor.shape for tensor in call.tensors()), cost] += 1
 

@@ -247,6 +247,27 @@ def test_data_dependent_control_flow_names_the_line(model: type[torch.nn.Linear]
     assert f"{__file__}:{number}: {code}" in str(raised.value)
 
 
+def test_a_custom_function_is_noted() -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x, weight)
+            return x @ weight
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x, weight = ctx.saved_tensors
+            return gradient @ weight.T, x.T @ gradient
+
+    class Custom(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Product.apply(x, self.weight) + self.bias
+
+    profile = gtflops.profile(Custom(4, 4), torch.ones(2, 4), squared)
+    assert ["Product" in note for note in profile.notes] == [True]
+    assert gtflops.profile(torch.nn.Linear(4, 4), torch.ones(2, 4), squared).notes == ()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_is_refused(use_reentrant: bool) -> None:
     """What is recomputed depends on the selection in ways that the graph does not hold yet: no silent guess."""

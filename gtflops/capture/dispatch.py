@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gtflops.errors import UnsupportedOperatorError
 from gtflops.operators import Argument, Call, Flops, FlopsByOutput, TensorType, lookup, price
 
 # Questions about a tensor that reach a dispatch mode although they compute nothing.
@@ -102,8 +103,8 @@ class OperatorMode(TorchDispatchMode):
 class ExecutedFlops(OperatorMode):
     """Counts the FLOPs of what really runs inside a ``with``, by gtflops' own table.
 
-    ``flops`` holds both columns; operators without a price are counted in ``unsupported`` by name, never as zero
-    cost in silence. Operators that make several gradients are priced by the ones they really returned.
+    ``flops`` holds both columns, ``total`` their sum; operators without a price are counted in ``unsupported`` by
+    name. Operators that make several gradients are priced by the ones that were asked for.
 
     >>> import torch
     >>> a = torch.ones(2, 3)
@@ -118,6 +119,14 @@ class ExecutedFlops(OperatorMode):
         self.flops = Flops()
         self.unsupported: dict[str, int] = {}
 
+    @property
+    def total(self) -> int:
+        """FLOPs of everything that ran; UnsupportedOperatorError where something that ran has no price."""
+        if self.unsupported:
+            listed = ", ".join(f"{op} ({count} times)" for op, count in sorted(self.unsupported.items()))
+            raise UnsupportedOperatorError(f"operators without a price ran: {listed}; the total is not known")
+        return sum(self.flops)
+
     def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         call = describe_call(func, args, kwargs, result)
         cost = price(call)
@@ -125,6 +134,5 @@ class ExecutedFlops(OperatorMode):
             self.unsupported[call.op] = self.unsupported.get(call.op, 0) + 1
             return
         if isinstance(cost, FlopsByOutput):
-            asked = [part for part, output in zip(cost.outputs, call.outputs, strict=False) if output is not None]
-            cost = FlopsByOutput(cost.shared, tuple(asked)).total
+            cost = cost.executed(call)
         self.flops = Flops(self.flops.matmul + cost.matmul, self.flops.other + cost.other)

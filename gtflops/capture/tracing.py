@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import stateless
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gtflops.capture.dispatch import OperatorMode, describe_call, outputs_of, tensor_type
@@ -43,13 +44,15 @@ class Trace:
     """A captured step as torch.fx holds it.
 
     Every node's ``meta`` has ``call`` (:class:`gtflops.operators.Call`), ``phase``, ``module`` and ``after``: the
-    nodes whose in-place writes it depends on besides its arguments. ``gradients`` maps parameter names to nodes.
+    nodes whose in-place writes it depends on besides its arguments. ``gradients`` maps parameter names to nodes;
+    ``notes`` say where the closure of a selection may not be what autograd executes.
     """
 
     model: str
     graph: torch.fx.Graph
     gradients: Mapping[str, torch.fx.Node | None]
     loss: torch.fx.Node
+    notes: tuple[str, ...]
 
     def to_graph(self) -> Graph:
         """The same as plain data, without torch."""
@@ -105,10 +108,14 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
     """Record one training step of ``model`` on ``batch`` with every floating-point parameter trainable.
 
     Parameters may be real, fake or meta tensors; the batch is anything that :func:`call_model` takes. Nothing is
-    computed and nothing of the model, the batch or the global state is changed. Raises InputError for a model
-    without parameters, a batch that the model refuses or a loss that cannot be trained on, and
-    UnsupportedModelError where the model's control flow depends on data, with the line.
+    computed and the model, the batch and the random states are left as they were (caches outside of the model that
+    its code fills, such as an ``lru_cache`` of tensors, are not). Raises InputError for a model without parameters, a
+    batch that the model refuses or a loss that cannot be trained on, and UnsupportedModelError where the model's
+    control flow depends on data, with the line, or its backward cannot be priced.
     """
+    lazy = [name for name, tensor in model.named_parameters() if torch.nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise InputError(f"the tensor {lazy[0]!r} has no shape yet; expected a model that has seen one batch")
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     if not any(tensor.is_floating_point() for tensor in parameters.values()):
@@ -146,6 +153,7 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
         stack.enter_context(_without_log(logging.getLogger("torch._subclasses.fake_tensor")))
         stack.enter_context(stateless._reparametrize_module(model, {**fake, **fake_buffers}, tie_weights=True))
         stack.enter_context(recorder.modules_of(model))
+        stack.enter_context(_NoInputGradients())
         stack.enter_context(recorder)
         try:
             value = loss_of(call_model(model, fake_batch), fake_batch, loss)
@@ -177,7 +185,48 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
                 for name, gradient in zip(trainable, gradients, strict=True)
             },
             loss=recorder.node_of(value),
+            notes=_notes(model, parameters, fake_batch, recorder),
         )
+
+
+def _notes(
+    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], batch: Any, recorder: "_Recorder"
+) -> tuple[str, ...]:
+    """Where the closure of a selection may not be what autograd executes."""
+    notes = [
+        f"the backward of the custom autograd.Function {name} is taken to compute only the gradients that are asked "
+        "for; if it computes all of its inputs', a step that trains some of them costs more"
+        for name in sorted(recorder.custom_functions)
+    ]
+    hooked = [name for name, tensor in parameters.items() if tensor._backward_hooks]
+    if hooked:
+        notes.append(f"hooks on gradients are not run in a trace, nor priced: {len(hooked)} tensors, first {hooked[0]}")
+    complex_tensors = [name for name, tensor in parameters.items() if tensor.is_complex()]
+    if complex_tensors:
+        notes.append(f"complex tensors are taken as frozen: {len(complex_tensors)}, first {complex_tensors[0]}")
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention == "sdpa" and isinstance(batch, Mapping) and "attention_mask" in batch:
+        notes.append(
+            "the attention mask is taken to hold padding: where it holds none, transformers leaves it out under sdpa, "
+            "which changes the operators around attention (not its matrix products)"
+        )
+    return tuple(notes)
+
+
+class _NoInputGradients(TorchFunctionMode):
+    """Refuses code that makes an activation require a gradient: its backward would run for every selection."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        setter = func is torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+        if (func is torch.Tensor.requires_grad_ and (*args, *(kwargs or {}).values())[1:] != (False,)) or (
+            setter and args[1]
+        ):
+            raise UnsupportedModelError(
+                "the model makes an activation require a gradient (enable_input_require_grads does), so that the "
+                "backward pass runs down to it whatever is trained, which gtflops does not price yet; profile it without, "
+                "for example after model.disable_input_require_grads()"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(OperatorMode):
@@ -192,6 +241,7 @@ class _Recorder(OperatorMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = torch.fx.Graph()
         self.phase = Phase.FORWARD
+        self.custom_functions: set[str] = set()
         self._nodes: dict[int, torch.fx.Node] = {}
         self._kept: list[Any] = []
         self._last_write: dict[int, torch.fx.Node] = {}
@@ -215,10 +265,10 @@ class _Recorder(OperatorMode):
         if result is None and not func._schema.is_mutable:
             return
         if torch._C._current_autograd_node() is not None and torch.is_grad_enabled():
-            # Only a forward pass that is run again has gradients enabled inside of backward.
             raise UnsupportedModelError(
-                "a part of the model is recomputed in the backward pass (activation checkpointing), which gtflops does "
-                "not price yet; profile it without, for example after model.gradient_checkpointing_disable()"
+                "the backward pass runs operators with gradients enabled (activation checkpointing, or a gradient of a "
+                "gradient), which gtflops does not price yet; profile the model without, for example after "
+                "model.gradient_checkpointing_disable()"
             )
         node_args = pytree.tree_map_only(torch.Tensor, self.node_of, args)
         node_kwargs = pytree.tree_map_only(torch.Tensor, self.node_of, kwargs)
@@ -255,6 +305,8 @@ class _Recorder(OperatorMode):
         found by the sequence number which autograd gives to each."""
         autograd_node = torch._C._current_autograd_node()
         if autograd_node is not None:
+            if isinstance(autograd_node, torch.autograd.function.BackwardCFunction):
+                self.custom_functions.add(autograd_node.name().removesuffix("Backward"))
             return self._module_of_sequence.get(autograd_node._sequence_nr(), "")
         module = self._module_stack[-1] if self._module_stack else ""
         self._module_of_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, module)
@@ -300,6 +352,9 @@ def _fake(fake_mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, FakeTensor):
         with fake_mode:
             return tensor.detach()
+    if tensor.is_inference():  # autograd takes no tensor that was made under inference mode
+        with fake_mode:
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return fake_mode.from_tensor(tensor, static_shapes=True).detach()
 
 

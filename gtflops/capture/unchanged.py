@@ -2,24 +2,28 @@
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @contextmanager
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Puts back what running the model's own code may change: attributes of its modules, random states, caches."""
+    """Puts back what running the model's own code may change, besides its parameters and buffers.
+
+    That is the attributes of its modules, the dicts, lists and sets in them at any depth, the content of the tensors
+    in those, and the random states of Python, NumPy and torch. Objects of other classes are not looked into.
+    """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    containers = [
-        (value, copy.copy(value))
-        for _, values in attributes
-        for value in values.values()
-        if isinstance(value, (dict, list, set))
-    ]
+    containers: dict[int, tuple[Any, Any]] = {}
+    tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for _, values in attributes:
+        for name, value in values.items():
+            _remember(value, containers, tensors if name not in ("_parameters", "_buffers") else None)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -27,10 +31,38 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        for container, content in containers:
+        for container, content in containers.values():
             _refill(container, content)
         for module, values in attributes:
             _refill(module.__dict__, values)
+        restore_contents(tensors.values())
+
+
+def restore_contents(tensors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Gives each tensor the content of the one beside it, and leaves one that did not change alone."""
+    with torch.no_grad():
+        for tensor, content in tensors:
+            if not torch.equal(tensor, content):
+                tensor.copy_(content)
+
+
+def _remember(
+    value: Any,
+    containers: dict[int, tuple[Any, Any]],
+    tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] | None,
+) -> None:
+    """Notes the content of a container and of everything in it; of a tensor, unless ``tensors`` is ``None``."""
+    if isinstance(value, torch.Tensor):
+        if tensors is not None and not (value.is_meta or isinstance(value, FakeTensor)):
+            tensors.setdefault(id(value), (value, value.detach().clone()))
+    elif isinstance(value, (dict, list, set)):
+        if id(value) not in containers:
+            containers[id(value)] = (value, copy.copy(value))
+            for item in value.values() if isinstance(value, dict) else value:
+                _remember(item, containers, tensors)
+    elif isinstance(value, tuple):
+        for item in value:
+            _remember(item, containers, tensors)
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -29,10 +29,13 @@ class FlopsByOutput:
     shared: Flops
     outputs: tuple[Flops, ...]
 
-    @property
-    def total(self) -> Flops:
-        parts = (self.shared, *self.outputs)
-        return Flops(sum(part.matmul for part in parts), sum(part.other for part in parts))
+    def executed(self, call: Call) -> Flops:
+        """What a call costs that really ran: its ``output_mask`` says what was asked for, or else what it returned."""
+        last = call.args[-1] if call.args else None
+        if not (isinstance(last, tuple) and len(last) == len(self.outputs)):
+            last = tuple(output is not None for output in call.outputs)
+        asked = (self.shared, *(part for part, wanted in zip(self.outputs, last, strict=True) if wanted))
+        return Flops(sum(part.matmul for part in asked), sum(part.other for part in asked))
 
 
 Formula: TypeAlias = "Callable[[Call], Flops | FlopsByOutput]"
@@ -83,6 +86,34 @@ def dot(call: Call) -> Flops:
     return Flops(matmul=2 * prod(call.shape(0)))
 
 
+# --- convolutions -----------------------------------------------------------------------------------------------
+
+
+def _convolution_products(
+    outer: tuple[int, ...], inner: tuple[int, ...], weight: tuple[int, ...], transposed: object
+) -> int:
+    """FLOPs of the multiply-adds: each element of the weight meets each position of the output once (of the input
+    where transposed). A weight holds 1/groups of the input's channels, so groups need no factor of their own."""
+    batch, _, *positions = inner if transposed else outer
+    return 2 * batch * prod(positions) * prod(weight)
+
+
+def convolution(call: Call) -> Flops:
+    """Convolution of any rank, grouped, dilated or transposed; the bias is one addition an output element."""
+    products = _convolution_products(call.output.shape, call.shape(0), call.shape(1), call.args[6])
+    return Flops(products, call.output.numel if call.args[2] is not None else 0)
+
+
+def convolution_backward(call: Call) -> FlopsByOutput:
+    """The gradients of input and weight make as many multiply-adds as the forward does, each; the bias's is a sum.
+
+    ``torch.utils.flop_counter`` counts the weight's gradient ``groups`` times over.
+    """
+    outer, inner, weight = call.shape(0), call.shape(1), call.shape(2)
+    products = Flops(matmul=_convolution_products(outer, inner, weight, call.args[7]))
+    return FlopsByOutput(Flops(), (products, products, Flops(other=prod(outer))))
+
+
 # --- attention -------------------------------------------------------------------------------------------------
 
 SOFTMAX_FLOPS = 5  # an element: running maximum, subtract, exp, sum, divide
@@ -129,6 +160,39 @@ def layer_norm_backward(call: Call) -> FlopsByOutput:
     """
     numel = call.output.numel if call.outputs[0] is not None else prod(call.shape(0))
     weighted = int(call.args[5] is not None)
+    return FlopsByOutput(
+        shared=Flops(other=2 * numel),
+        outputs=(Flops(other=(7 + weighted) * numel), Flops(other=2 * numel), Flops(other=numel)),
+    )
+
+
+def batch_norm(call: Call) -> Flops:
+    """In training (argument 5) as layer norm; in evaluation centre 1 and scale 1, then weight and bias."""
+    affine = sum(call.args[position] is not None for position in (1, 2))
+    return Flops(other=((5 if call.args[5] else 2) + affine) * call.output.numel)
+
+
+def batch_norm_backward(call: Call) -> FlopsByOutput:
+    """As for layer norm in training; in evaluation the input's gradient is g * w * rstd. ``train`` is argument 7."""
+    numel = prod(call.shape(0))
+    weighted = int(call.args[2] is not None)
+    of_input = 7 + weighted if call.args[7] else 1 + weighted
+    return FlopsByOutput(
+        shared=Flops(other=2 * numel),
+        outputs=(Flops(other=of_input * numel), Flops(other=2 * numel), Flops(other=numel)),
+    )
+
+
+def group_norm(call: Call) -> Flops:
+    """As layer norm, over groups of channels."""
+    affine = sum(call.args[position] is not None for position in (1, 2))
+    return Flops(other=(5 + affine) * call.output.numel)
+
+
+def group_norm_backward(call: Call) -> FlopsByOutput:
+    """As for layer norm."""
+    numel = prod(call.shape(0))
+    weighted = int(call.args[4] is not None)
     return FlopsByOutput(
         shared=Flops(other=2 * numel),
         outputs=(Flops(other=(7 + weighted) * numel), Flops(other=2 * numel), Flops(other=numel)),

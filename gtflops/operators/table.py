@@ -13,6 +13,7 @@ class Kind(StrEnum):
     """What an operator does, for tables by class."""
 
     MATRIX_PRODUCT = "matrix product"
+    CONVOLUTION = "convolution"
     ATTENTION = "attention"
     NORMALISATION = "normalisation"
     REDUCTION = "reduction"
@@ -42,6 +43,9 @@ def _entries() -> Iterator[Entry]:
     yield entry(Kind.MATRIX_PRODUCT, f.addmv, "addmv")
     yield entry(Kind.MATRIX_PRODUCT, f.dot, "dot vdot")
 
+    yield entry(Kind.CONVOLUTION, f.convolution, "convolution")
+    yield entry(Kind.CONVOLUTION, f.convolution_backward, "convolution_backward")
+
     yield entry(
         Kind.ATTENTION,
         f.attention,
@@ -57,6 +61,10 @@ def _entries() -> Iterator[Entry]:
 
     yield entry(Kind.NORMALISATION, f.layer_norm, "native_layer_norm")
     yield entry(Kind.NORMALISATION, f.layer_norm_backward, "native_layer_norm_backward")
+    yield entry(Kind.NORMALISATION, f.batch_norm, "native_batch_norm")
+    yield entry(Kind.NORMALISATION, f.batch_norm_backward, "native_batch_norm_backward")
+    yield entry(Kind.NORMALISATION, f.group_norm, "native_group_norm")
+    yield entry(Kind.NORMALISATION, f.group_norm_backward, "native_group_norm_backward")
     yield entry(Kind.NORMALISATION, f.rms_norm, "_fused_rms_norm")
     yield entry(Kind.NORMALISATION, f.rms_norm_backward, "_fused_rms_norm_backward")
     # Subtract the maximum, exp, sum, and divide or subtract the logarithm.
