@@ -50,6 +50,7 @@ Model = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.", min=1)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", min=1)]
 AttentionOption = Annotated[Attention, typer.Option(help="Attention of a model built by name.")]
+AllowUnsupported = Annotated[bool, typer.Option(help="Count operators without a price as free.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.", dir_okay=False)]
 Budget = Annotated[float, typer.Option(help="Share of a full step's FLOPs that a step may cost, in (0, 1].")]
@@ -119,7 +120,7 @@ def select_command(
     batch_size: BatchSize = 4,
     seq_len: SeqLen = 512,
     attention: AttentionOption = Attention.EAGER,
-    allow_unsupported: Annotated[bool, typer.Option(help="Count operators without a price as free.")] = False,
+    allow_unsupported: AllowUnsupported = False,
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:
@@ -161,6 +162,7 @@ def train_command(
     learning_rate: Annotated[float, typer.Option(help="Peak of a linear decay to 0, AdamW.", min=0)] = 5e-5,
     seed: Annotated[int, typer.Option(help="Of the order of the examples and of dropout.")] = 0,
     attention: AttentionOption = Attention.EAGER,
+    allow_unsupported: AllowUnsupported = False,
     save: Annotated[Path | None, typer.Option(help="Folder for the trained model.", file_okay=False)] = None,
     save_importance: Annotated[Path | None, typer.Option(help="Write the last importances here (JSON).")] = None,
     html: Html = None,
@@ -182,9 +184,15 @@ def train_command(
         train = examples if validation else [example for index, example in enumerate(examples) if index % 10]
         held_out = jsonl(validation) if validation else examples[::10]
     settings = FineTuneSettings(
-        steps=steps, batch_size=batch_size, seq_len=seq_len, budget=budget, every=every, learning_rate=learning_rate,
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        budget=budget,
+        every=every,
+        learning_rate=learning_rate,
         seed=seed,
-    )  # fmt: skip
+        allow_unsupported=allow_unsupported,
+    )
     with _progress() as advance:
         advance("load", 0, 1)
         pretrained = load_pretrained(model, attention=attention.value)
@@ -354,7 +362,7 @@ def _profile(model: str, batch_size: int, seq_len: int, attention: Attention) ->
     """A saved profile, or a new one of a model by name."""
     from gtflops.profiling import Profile, profile
 
-    if model.endswith(".json"):
+    if model.endswith(".json") or Path(model).is_file():
         return Profile.load(model)
     with err.status(f"tracing {model}"):
         return profile(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value)

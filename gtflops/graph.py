@@ -110,7 +110,7 @@ class Graph:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Graph":
-        """The inverse of :meth:`to_json`. Raises ValueError, KeyError or TypeError on data it did not write."""
+        """The inverse of :meth:`to_json`. May raise any error of Python's on data that it did not write."""
         calls = [_call_from_json(call) for call in data["calls"]]
         modules = [str(module) for module in data["modules"]]
         nodes: list[Node] = []

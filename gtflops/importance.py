@@ -5,7 +5,6 @@ paper, arXiv:2309.13192, equation 4). One backward pass for optimizers whose upd
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -13,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from gtflops.capture import Loss, call_model, loss_of
-from gtflops.capture.unchanged import unchanged
+from gtflops.capture.unchanged import restore_contents, unchanged
 from gtflops.errors import InputError
 
 #: The update that an optimizer would make to a parameter with this gradient, from its state and settings.
@@ -29,12 +28,15 @@ def measure_importance(
     """Importance of every floating-point tensor of ``model``, averaged over ``batches``.
 
     AdamW, Adam and SGD are exact in one backward pass a batch, each gradient freed as soon as it is used; any other
-    optimizer makes a real step that is undone. Frozen tensors are measured too; a tensor that the loss does not
-    depend on has importance 0. Weights, gradients, ``requires_grad``, buffers, the optimizer's state and the random
-    states are afterwards as they were, to the bit, also when a batch fails.
+    optimizer makes a real step that is undone. Frozen tensors that the optimizer holds are measured too. Frozen ones
+    that it does not hold, and tensors that the loss does not depend on, would not be moved: their importance is 0.
+    Where a warm-up has the learning rate at 0, the schedule's base rate stands in. Weights, gradients,
+    ``requires_grad``, buffers, the optimizer's state and the random states are afterwards as they were, to the bit,
+    also when a batch fails.
 
-    Raises InputError for no batches, an optimizer that does not hold every tensor or whose learning rate is 0, a
-    batch that the model refuses, and a loss that cannot be trained on or is not finite.
+    Raises InputError for no batches, an optimizer that lacks a trainable tensor or whose learning rates are all 0,
+    tensors with post-accumulate-gradient hooks (which may step an optimizer), a batch that the model refuses, and a
+    loss that cannot be trained on or is not finite.
 
     >>> import torch, gtflops
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -46,9 +48,16 @@ def measure_importance(
     """
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
     groups = _groups(parameters, optimizer)
+    held = {name: tensor for name, tensor in parameters.items() if tensor in groups}
+    hooked = [name for name, tensor in held.items() if tensor._post_accumulate_grad_hooks]
+    if hooked:
+        raise InputError(
+            f"{hooked[0]!r} has a post-accumulate-gradient hook, which would run while importance is measured and may "
+            "step an optimizer; remove such hooks before, and add them again after"
+        )
     update = _UPDATES.get(type(optimizer))
-    with _restored(model, parameters):
-        for tensor in parameters.values():
+    with _restored(model, held):
+        for tensor in held.values():
             tensor.grad = None
             tensor.requires_grad_(True)
         totals = dict.fromkeys(parameters, 0.0)
@@ -56,9 +65,9 @@ def measure_importance(
         for batch in batches:
             count += 1
             if update is None:
-                measured = _by_real_step(model, parameters, batch, optimizer, loss)
+                measured = _by_real_step(model, held, batch, optimizer, groups, loss)
             else:
-                measured = _by_hooks(model, parameters, batch, optimizer, groups, update, loss)
+                measured = _by_hooks(model, held, batch, optimizer, groups, update, loss)
             for name, value in measured.items():
                 totals[name] += value
     if count == 0:
@@ -69,21 +78,19 @@ def measure_importance(
 def _groups(
     parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[torch.Tensor, Mapping[str, Any]]:
-    """The settings that the optimizer has for each tensor."""
-    groups: dict[torch.Tensor, Mapping[str, Any]] = {
-        tensor: group for group in optimizer.param_groups for tensor in group["params"]
-    }
-    missing = [name for name, tensor in parameters.items() if tensor not in groups]
+    """The settings that the optimizer has for each tensor it holds, with the rate of the coming steps."""
+    groups: dict[torch.Tensor, Mapping[str, Any]] = {}
+    for group in optimizer.param_groups:
+        coming = group if group.get("lr") != 0 else {**group, "lr": group.get("initial_lr", 0)}
+        groups.update(dict.fromkeys(group["params"], coming))
+    missing = [name for name, tensor in parameters.items() if tensor.requires_grad and tensor not in groups]
     if missing:
         raise InputError(
             f"the optimizer does not hold {len(missing)} of {len(parameters)} tensors, first {missing[0]!r}; "
             "expected one built on model.parameters() while all of them are trainable"
         )
-    if all(float(groups[tensor].get("lr", math.nan)) == 0 for tensor in parameters.values()):
-        raise InputError(
-            "the learning rate is 0, so no tensor has importance; expected the rate of the coming steps "
-            "(under a warm-up, the first that is not 0)"
-        )
+    if all(group.get("lr") == 0 for group in groups.values()):
+        raise InputError("the learning rate is 0, so no tensor has importance; expected the rate of the coming steps")
     return groups
 
 
@@ -143,11 +150,12 @@ def _by_formula(
     tensor: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any], update: Update
 ) -> torch.Tensor:
     """``-sum(dw * g)``, summed in float64, chunk by chunk: the updates are elementwise."""
-    flat, flat_gradient = tensor.reshape(-1), gradient.reshape(-1)
     flat_state = {
         key: value.reshape(-1) if isinstance(value, torch.Tensor) and value.shape == tensor.shape else value
         for key, value in state.items()
     }
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    flat, flat_gradient = tensor.reshape(-1), gradient.reshape(-1)
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for start in range(0, tensor.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -165,6 +173,7 @@ def _by_real_step(
     parameters: Mapping[str, torch.Tensor],
     batch: Any,
     optimizer: torch.optim.Optimizer,
+    groups: Mapping[torch.Tensor, Mapping[str, Any]],
     loss: Loss | None,
 ) -> dict[str, float]:
     """A real step of the optimizer, undone: weights, its state, its settings and its other attributes."""
@@ -173,6 +182,8 @@ def _by_real_step(
         try:
             _forward(model, batch, loss).backward()
             gradients = {name: tensor.grad.clone() for name, tensor in parameters.items() if tensor.grad is not None}
+            for group in optimizer.param_groups:
+                group["lr"] = groups[group["params"][0]]["lr"]
             # The class's own method: a scheduler counts calls of the one it put on the object.
             type(optimizer).step(optimizer)
             return {
@@ -243,7 +254,7 @@ _UPDATES: dict[type[torch.optim.Optimizer], Update] = {
 
 @contextmanager
 def _restored(model: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Puts back gradients, requires_grad, buffers (batch norm counts), module attributes and random states."""
+    """Puts back gradients, requires_grad, buffers (batch norm counts), and what :func:`unchanged` does."""
     required = {tensor: tensor.requires_grad for tensor in parameters.values()}
     gradients = {tensor: tensor.grad for tensor in parameters.values()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -251,10 +262,7 @@ def _restored(model: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) ->
         with unchanged(model):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, content in buffers:
-                if not torch.equal(buffer, content):
-                    buffer.copy_(content)
+        restore_contents(buffers)
         for tensor, requires in required.items():
             tensor.grad = None
             tensor.requires_grad_(requires)
@@ -265,6 +273,8 @@ def _restored(model: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) ->
 def _restored_optimizer(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Puts back the optimizer's state, settings and attributes; state tensors keep their identity."""
     attributes = dict(optimizer.__dict__)
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # the user's: averages, counters
+    optimizer.__dict__.update({name: type(attributes[name])() for name in hooks})
     state = {tensor: copy.copy(values) for tensor, values in optimizer.state.items()}
     contents = {
         tensor: {key: value.clone() for key, value in values.items() if isinstance(value, torch.Tensor)}
@@ -274,10 +284,7 @@ def _restored_optimizer(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         tensor: {key: copy.deepcopy(value) for key, value in values.items() if not isinstance(value, torch.Tensor)}
         for tensor, values in optimizer.state.items()
     }
-    settings = [
-        {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
+    settings = [dict(group) for group in optimizer.param_groups]  # a step replaces settings, and changes none in place
     try:
         yield
     finally:

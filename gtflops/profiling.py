@@ -1,6 +1,7 @@
 """Graph + operator table -> Profile: what a training step costs, exactly, for any choice of trainable tensors."""
 
 import difflib
+import hashlib
 import json
 import os
 from collections import Counter
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gtflops import _core
-from gtflops.errors import InputError, SavedFileError
+from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
 from gtflops.files import write_whole
 from gtflops.graph import GETITEM, Graph, Phase
 from gtflops.operators import Flops, FlopsByOutput, price
@@ -226,8 +227,9 @@ class Profile:
     def step_flops(self, trainable: Trainable, ops: Ops = "all") -> StepFlops:
         """FLOPs of one training step in which exactly ``trainable`` receives gradients.
 
-        ``ops="matmul"`` counts matrix products only, PyTorch's own convention; ``"all"`` everything that has a
-        price (see ``unsupported``). Time is linear in the number of distinct stretches of the backward pass: some
+        ``ops="matmul"`` counts matrix products and convolutions only, PyTorch's own convention (products of a matrix
+        and a vector, which PyTorch's counter leaves out, included); ``"all"`` everything that has a price (see
+        ``unsupported``). Time is linear in the number of distinct stretches of the backward pass: some
         ten microseconds. InputError for a name that the profile does not have or a mask of the wrong length.
         """
         if ops not in ("all", "matmul"):
@@ -236,6 +238,34 @@ class Profile:
         if ops == "matmul":
             return StepFlops(int(forward[0]), int(backward[0]), 0)
         return StepFlops(int(forward[0] + forward[1]), int(backward[0] + backward[1]), 0)
+
+    @cached_property
+    def alone_flops(self) -> npt.NDArray[np.int64]:
+        """FLOPs of a step in which only one tensor is trained, for each, aligned with ``tensors``."""
+        backward: npt.NDArray[np.int64] = self._closure.costs(np.eye(len(self.names), dtype=np.bool_)).sum(axis=1)
+        alone = self.forward_flops + backward
+        alone.flags.writeable = False
+        return alone
+
+    def require_prices(self) -> None:
+        """UnsupportedOperatorError, which names them, where operators of the step have no price."""
+        if self.unsupported:
+            listed = "; ".join(f"{op.name} ({op.count} times, in {', '.join(op.where)})" for op in self.unsupported)
+            raise UnsupportedOperatorError(
+                f"operators without a price: {listed}; their cost is unknown, so a budget would not hold. "
+                "allow_unsupported=True counts them as free"
+            )
+
+    def require_fit(self, model: HasParameters) -> None:
+        """InputError unless ``model`` has every tensor of the profile, in its shape."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+        for tensor in self.tensors:
+            if shapes.get(tensor.name) != tensor.shape:
+                raise InputError(
+                    f"the profile has a tensor {tensor.name!r} of shape {tensor.shape}, the model "
+                    f"{shapes.get(tensor.name, 'none of that name')}; expected the model that was profiled, a "
+                    f"{self.graph.model}"
+                )
 
     def mask(self, trainable: Trainable) -> npt.NDArray[np.bool_]:
         """``trainable`` as a bool array aligned with ``tensors``."""
@@ -252,6 +282,8 @@ class Profile:
             return np.full(len(self.names), trainable == "all")
         if isinstance(trainable, HasParameters):
             trainable = [name for name, tensor in trainable.named_parameters() if tensor.requires_grad]
+        if not isinstance(trainable, Iterable):
+            raise InputError(f"trainable is {trainable!r}, expected 'all', 'none', names, a bool array or a model")
         mask = np.zeros(len(self.names), dtype=np.bool_)
         for name in trainable:
             position = self._position.get(name)
@@ -270,10 +302,8 @@ class Profile:
     # --- files --------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, versioned."""
-        return {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
+        """Plain data, versioned, with a digest of all the rest."""
+        content = {
             "versions": dict(self.versions),
             "notes": list(self.notes),
             "unsupported": [[op.name, op.count, list(op.where)] for op in self.unsupported],
@@ -281,6 +311,7 @@ class Profile:
             "matmul": self.prices[0].tolist(),
             "other": self.prices[1].tolist(),
         }
+        return {"format": FORMAT, "version": FORMAT_VERSION, "digest": _digest(content), **content}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON, whole or not at all."""
@@ -304,23 +335,23 @@ class Profile:
             raise SavedFileError(f"{path} is no text, expected a profile written by profile.save") from error
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise SavedFileError(
-                f"{path} is not whole JSON (line {error.lineno}, column {error.colno} of {len(text)} characters): "
-                "it was cut off or is no profile; profile the model again"
+                f"{path} is not whole JSON ({error}): it was cut off or is no profile; profile the model again"
             ) from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise SavedFileError(f"{path} is no gtflops profile, expected a file written by profile.save")
         if data.get("version") != FORMAT_VERSION:
             raise SavedFileError(
                 f"{path} has version {data.get('version')!r} of the profile format, this gtflops reads version "
-                f"{FORMAT_VERSION}; profile the model again, or use gtflops {data.get('versions', {}).get('gtflops')}"
+                f"{FORMAT_VERSION}; profile the model again"
             )
+        content = {key: value for key, value in data.items() if key not in ("format", "version", "digest")}
         try:
+            if data["digest"] != _digest(content):
+                raise ValueError("its digest is another")
             graph = Graph.from_json(data["graph"])
             prices = np.array([data["matmul"], data["other"]], dtype=np.int64)
-            if prices.shape != (2, len(graph.nodes)) or (prices < 0).any():
-                raise ValueError(f"prices of shape {prices.shape} for {len(graph.nodes)} nodes")
             prices.flags.writeable = False
             unsupported = tuple(
                 UnsupportedOperator(name, count, tuple(where)) for name, count, where in data["unsupported"]
@@ -336,6 +367,10 @@ class Profile:
         from gtflops.report import write
 
         write(Path(path), self)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

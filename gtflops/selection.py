@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gtflops.errors import InfeasibleBudgetError, InputError, UnsupportedOperatorError
+from gtflops.errors import InfeasibleBudgetError, InputError
 from gtflops.profiling import HasParameters, Profile
 from gtflops.solver import knapsack
 from gtflops.units import format_flops
+
+_LARGEST = float(np.finfo(np.float64).max)
 
 Model = TypeVar("Model", bound=HasParameters)
 
@@ -56,15 +58,10 @@ class Selection:
         """Let exactly the selected tensors of ``model`` require gradients, and return the model.
 
         Gradients that frozen tensors still hold are dropped: an optimizer would move them by what is left there.
-        InputError, before anything is changed, for a model that lacks a tensor of the profile.
+        InputError, before anything is changed, for a model that was not the one profiled.
         """
+        self.profile.require_fit(model)
         parameters = dict(model.named_parameters())
-        missing = [name for name in self.profile.names if name not in parameters]
-        if missing:
-            raise InputError(
-                f"the model has no tensor {missing[0]!r} ({len(missing)} of {len(self.mask)} are missing); "
-                f"expected the model that was profiled, a {self.profile.graph.model}"
-            )
         for name, selected in zip(self.profile.names, self.mask, strict=True):
             parameters[name].requires_grad_(bool(selected))
             if not selected:
@@ -97,8 +94,9 @@ def select(
 
     ``importance`` maps every tensor of the profile to a finite number; tensors without positive importance are
     never chosen. ``budget`` is a share of ``profile.full_flops`` in (0, 1], 0.5 if nothing is given; or
-    ``budget_flops`` says it in FLOPs. Solves the chain form (METHOD: weight gradients of the chosen, activation
-    gradients down to the deepest) to proven optimality, and re-sums the exact cost of what it chose.
+    ``budget_flops`` says it in FLOPs. Solves the chain form (weight gradients of the chosen, activation gradients down
+    to the deepest) to proven optimality, and re-sums the exact cost of what it chose. Where the chain form, which is
+    an upper bound of the exact cost, fits nothing, the best single tensor that fits exactly is chosen.
 
     Raises InputError for importances or budgets that do not fit, UnsupportedOperatorError where an operator has no
     price (``allow_unsupported=True`` counts it as free), InfeasibleBudgetError where no selection fits.
@@ -109,32 +107,25 @@ def select(
     >>> selection.optimal, selection.flops <= 0.6 * profile.full_flops
     (True, True)
     """
-    if profile.unsupported and not allow_unsupported:
-        listed = "; ".join(f"{op.name} ({op.count} times, in {', '.join(op.where)})" for op in profile.unsupported)
-        raise UnsupportedOperatorError(
-            f"operators without a price: {listed}; their cost is unknown, so a budget would not hold. "
-            "allow_unsupported=True counts them as free"
-        )
-    limit = _budget_flops(profile, budget, budget_flops)
+    if not allow_unsupported:
+        profile.require_prices()
+    limit = budget_in_flops(profile, budget, budget_flops)
     values = _values(profile, importance)
-    _check_feasible(profile, values, limit)
-    solution = knapsack(profile.t_dw, profile.t_dy, values, limit - profile.forward_flops)
-    flops = profile.step_flops(solution.mask).total
+    _require_feasible(profile, values, limit)
+    solution = knapsack(profile.t_dw, profile.t_dy, values, max(0, limit - profile.forward_flops))
+    mask, value, upper_bound, optimal = solution.mask, solution.value, solution.upper_bound, solution.optimal
+    if not mask.any():
+        best = int(np.where(profile.alone_flops <= limit, values, 0).argmax())
+        mask = np.arange(len(values)) == best
+        value, upper_bound, optimal = float(values[best]), float(values[values > 0].sum()), False
+    flops = profile.step_flops(mask).total
     if flops > limit:  # the chain form is an upper bound of the exact cost
         raise AssertionError(f"selection of {flops} FLOPs exceeds its budget of {limit}")
-    return Selection(
-        profile=profile,
-        importance=dict(importance),
-        mask=solution.mask,
-        budget_flops=limit,
-        flops=flops,
-        value=solution.value,
-        upper_bound=solution.upper_bound,
-        optimal=solution.optimal,
-    )
+    return Selection(profile, dict(importance), mask, limit, flops, value, upper_bound, optimal)
 
 
-def _budget_flops(profile: Profile, budget: float | None, budget_flops: int | None) -> int:
+def budget_in_flops(profile: Profile, budget: float | None, budget_flops: int | None = None) -> int:
+    """What a step may cost, from a share of a full step (0.5 without either) or as given. InputError if it is none."""
     if budget is not None and budget_flops is not None:
         raise InputError(f"both budget={budget!r} and budget_flops={budget_flops!r} are given, expected one of them")
     if budget_flops is not None:
@@ -163,7 +154,7 @@ def _values(profile: Profile, importance: Mapping[str, float]) -> npt.NDArray[np
         raise InputError(f"importance {' and '.join(parts)}; expected one number for each tensor of the profile")
     for name in profile.names:
         value = importance[name]
-        if not isinstance(value, (int, float, np.integer, np.floating)) or not math.isfinite(value):
+        if not isinstance(value, (int, float, np.integer, np.floating)) or not abs(value) <= _LARGEST:
             raise InputError(f"importance of {name!r} is {value!r}, expected a finite number")
     return np.array(
         [float(importance[tensor.name]) if tensor.has_gradient else 0.0 for tensor in profile.tensors],
@@ -171,14 +162,13 @@ def _values(profile: Profile, importance: Mapping[str, float]) -> npt.NDArray[np
     )
 
 
-def _check_feasible(profile: Profile, values: npt.NDArray[np.float64], limit: int) -> None:
+def _require_feasible(profile: Profile, values: npt.NDArray[np.float64], limit: int) -> None:
     if not (values > 0).any():
         raise InputError(
             "no tensor has a positive importance, so the selection would be empty and nothing would be trained; "
             "expected at least one"
         )
-    alone = profile.forward_flops + profile.t_dw + np.cumsum(profile.t_dy)
-    smallest = int(alone[values > 0].min())
+    smallest = int(profile.alone_flops[values > 0].min())
     if limit >= smallest:
         return
     full = profile.full_flops

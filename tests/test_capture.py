@@ -18,6 +18,8 @@ from small_models import build, padded_batch
 
 Output = namedtuple("Output", "loss")
 
+ATTRIBUTES = ("training", "calls", "seen", "cache", "total", "flag")
+
 
 def squared(outputs: torch.Tensor, _: Any) -> torch.Tensor:
     return outputs.square().mean()
@@ -34,15 +36,18 @@ class Restless(torch.nn.Module):
         self.register_buffer("average", torch.zeros(4))
         self.calls = 0
         self.seen: list[torch.Tensor] = []
-        self.cache: dict[str, torch.Tensor] = {}
+        self.cache: dict[str, Any] = {"nested": {"list": [1]}}
+        self.total = torch.zeros(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(self.linear(x))
         self.steps += 1
         self.average = 0.9 * self.average + 0.1 * y.detach().mean(0)
         self.calls += 1
-        self.seen.append(y)
-        self.cache["y"] = y
+        self.total += 1
+        self.cache["nested"]["list"].append(y.detach())
+        self.seen.append(y.detach())
+        self.cache["y"] = y.detach()
         self.flag = random.random() + float(np.random.rand())
         return torch.nn.functional.dropout(y)
 
@@ -60,7 +65,7 @@ def state_of(model: torch.nn.Module, batch: Any) -> Any:
         },
         "training": {name: module.training for name, module in model.named_modules()},
         "attributes": {
-            name: {key: copy.copy(value) for key, value in vars(module).items() if not key.startswith("_")}
+            name: {key: copy.deepcopy(value) for key, value in vars(module).items() if key in ATTRIBUTES}
             for name, module in model.named_modules()
         },
         "hooks": {
@@ -245,6 +250,33 @@ def test_data_dependent_control_flow_names_the_line(model: type[torch.nn.Linear]
     with pytest.raises(gtflops.UnsupportedModelError) as raised:
         gtflops.profile(model(4, 4), torch.ones(2, 4), squared)
     assert f"{__file__}:{number}: {code}" in str(raised.value)
+
+
+def test_input_gradients_are_refused() -> None:
+    """enable_input_require_grads makes the backward run down to the embedding, whatever is trained."""
+    model, batch = build("llama"), padded_batch()
+    model.enable_input_require_grads()
+    with pytest.raises(gtflops.UnsupportedModelError, match="disable_input_require_grads"):
+        gtflops.profile(model, batch)
+    model.disable_input_require_grads()
+    assert gtflops.profile(model, batch).full_flops
+
+
+def test_what_the_trace_cannot_know_is_noted() -> None:
+    model = build("llama", "sdpa")
+    model.lm_head.weight.register_hook(lambda gradient: gradient * 2)
+    notes = " ".join(gtflops.profile(model, padded_batch()).notes)
+    assert "attention mask is taken to hold padding" in notes
+    assert "first lm_head.weight" in notes
+
+
+def test_lazy_and_inference_tensors() -> None:
+    with pytest.raises(gtflops.InputError, match="'weight' has no shape yet"):
+        gtflops.profile(torch.nn.LazyLinear(4), torch.ones(2, 4), squared)
+    with torch.inference_mode():
+        model = torch.nn.Linear(4, 4)
+    expected = gtflops.profile(torch.nn.Linear(4, 4), torch.ones(2, 4), squared)
+    assert gtflops.profile(model, torch.ones(2, 4), squared).full_flops == expected.full_flops
 
 
 def test_a_custom_function_is_noted() -> None:

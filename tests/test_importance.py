@@ -127,6 +127,31 @@ def test_frozen_and_unused_tensors() -> None:
     assert not model["a"].weight.requires_grad
 
 
+def test_sparse_gradients() -> None:
+    def model_with(sparse: bool) -> torch.nn.Module:
+        torch.manual_seed(1)
+        return torch.nn.Sequential(torch.nn.Embedding(7, 3, sparse=sparse), torch.nn.Linear(3, 1))
+
+    batch = torch.tensor([[1, 2, 2]])
+    dense, sparse = (
+        gtflops.measure_importance(model, [batch], torch.optim.SGD(model.parameters(), lr=0.1), squared)
+        for model in (model_with(False), model_with(True))
+    )
+    assert sparse == pytest.approx(dense)
+
+
+def test_the_users_step_hooks_are_not_run() -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.RMSprop(model.parameters())
+    calls: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    gtflops.measure_importance(model, [torch.ones(2, 4)], optimizer, squared)
+    assert calls == []
+    squared(model(torch.ones(2, 4)), None).backward()
+    optimizer.step()
+    assert calls == [1]
+
+
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +165,15 @@ def test_an_optimizer_that_does_not_hold_all_tensors() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(gtflops.InputError, match="does not hold 1 of 2 tensors, first 'bias'"):
         gtflops.measure_importance(model, [torch.ones(1, 2)], torch.optim.AdamW([model.weight]), squared)
+
+
+def test_an_optimizer_in_the_backward_pass_is_refused() -> None:
+    model = torch.nn.Linear(4, 4)
+    model.weight.register_post_accumulate_grad_hook(lambda tensor: tensor.data.zero_())
+    before = state_of(model, None)
+    with pytest.raises(gtflops.InputError, match="'weight' has a post-accumulate-gradient hook"):
+        gtflops.measure_importance(model, [torch.ones(2, 4)], torch.optim.SGD(model.parameters(), lr=0.1), squared)
+    assert_same(before, state_of(model, None))
 
 
 def test_a_learning_rate_of_zero() -> None:

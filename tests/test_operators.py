@@ -1,6 +1,7 @@
 """Formulas against closed forms written out here, and against a naive count."""
 
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 import gtflops
 from gtflops.capture.dispatch import OperatorMode, describe_call
 from gtflops.operators import TABLE, Call, Flops, FlopsByOutput, Kind, TensorType, lookup, price
+from real_steps import executed_operators, predicted_operators, train_only
 
 
 def calls_of(function: object) -> list[Call]:
@@ -66,6 +68,48 @@ def test_layer_norm_by_output() -> None:
     y = norm(x)
     (call,) = [call for call in calls_of(lambda: y.sum().backward()) if "norm_backward" in call.op]
     assert cost.executed(call) == Flops(other=(2 + 8 + 2) * 48)
+
+
+@pytest.mark.parametrize(
+    ("module", "inner", "outer", "weight"),
+    [  # shapes of input, output and weight, by hand
+        (torch.nn.Conv1d(4, 8, 3), (2, 4, 9), (2, 8, 7), (8, 4, 3)),
+        (torch.nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=2), (2, 4, 9, 9), (2, 8, 4, 4), (8, 4, 3, 3)),
+        (torch.nn.Conv2d(4, 8, 3, groups=2, bias=False), (2, 4, 9, 9), (2, 8, 7, 7), (8, 2, 3, 3)),
+        (torch.nn.Conv2d(4, 4, 3, groups=4), (2, 4, 5, 5), (2, 4, 3, 3), (4, 1, 3, 3)),
+        (torch.nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4), (1, 3, 3, 3, 3), (3, 2, 2, 2, 2)),
+        (torch.nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 5), (2, 6, 11, 11), (4, 3, 3, 3)),
+    ],
+)
+def test_convolutions(module: torch.nn.Module, inner: tuple[int, ...], outer: tuple[int, ...], weight: Any) -> None:
+    """Each weight element meets each output position once (each input position where transposed), for each sample."""
+    positions = prod(inner[2:]) if "Transpose" in type(module).__name__ else prod(outer[2:])
+    products, bias = 2 * inner[0] * positions * prod(weight), prod(outer) * (module.bias is not None)
+    assert tuple(module.weight.shape) == weight
+    x = torch.ones(inner, requires_grad=True)
+    y = module(x)
+    assert tuple(y.shape) == outer
+    assert only("aten.convolution.", lambda: module(x)) == Flops(products, bias)
+    backward = only("aten.convolution_backward", lambda: y.sum().backward())
+    assert backward == FlopsByOutput(Flops(), (Flops(products), Flops(products), Flops(other=prod(outer))))
+
+
+def test_vision_networks_are_exact_for_every_selection() -> None:
+    from itertools import product
+
+    def loss(outputs: torch.Tensor, _: Any) -> torch.Tensor:
+        return outputs.square().mean()
+
+    layers = [torch.nn.Conv2d(2, 4, 3, groups=2), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)]
+    x = torch.randn(2, 2, 5, 5)
+    for training in (True, False):
+        model = torch.nn.Sequential(*layers, torch.nn.GroupNorm(2, 2)).train(training)
+        profile = gtflops.profile(model, x, loss)
+        for chosen in product([False, True], repeat=len(profile.names)):
+            names = [name for name, wanted in zip(profile.names, chosen, strict=True) if wanted]
+            if names:
+                train_only(model, names)
+                assert executed_operators(model, x, loss) == predicted_operators(profile, names), names
 
 
 def test_gelu_by_its_form() -> None:

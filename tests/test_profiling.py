@@ -82,6 +82,7 @@ def test_forms_of_a_selection(profile: Profile) -> None:
     [
         (["model.norm.wight"], "no tensor 'model.norm.wight'; nearest: model.norm.weight"),
         ("some", "trainable is 'some'"),
+        (None, "trainable is None"),
         (np.zeros(3, dtype=bool), r"shape \(3,\), expected bool and"),
         (np.zeros(29, dtype=int), "dtype int64"),
     ],
@@ -170,15 +171,15 @@ def test_loading_needs_no_torch(saved: Path) -> None:
 
 def test_a_truncated_file(saved: Path) -> None:
     text = saved.read_text()
-    for length in (0, 1, len(text) // 2, len(text) - 1):
-        saved.write_text(text[:length])
+    for damaged in (*(text[:length] for length in (0, 1, len(text) // 2, len(text) - 1)), "[" * 200_000):
+        saved.write_text(damaged)
         with pytest.raises(gtflops.SavedFileError, match="cut off"):
             Profile.load(saved)
 
 
 def test_another_version(saved: Path) -> None:
     data = json.loads(saved.read_text())
-    saved.write_text(json.dumps({**data, "version": 99}))
+    saved.write_text(json.dumps({**data, "version": 99, "versions": []}))
     with pytest.raises(gtflops.SavedFileError, match="version 99 of the profile format, this gtflops reads version 1"):
         Profile.load(saved)
 
@@ -205,6 +206,12 @@ def test_something_else(saved: Path, text: str) -> None:
         lambda data: data["graph"]["calls"][0].pop(),
         lambda data: data.__setitem__("notes", 3),
         lambda data: data["unsupported"].append(["x"]),
+        lambda data: data["graph"]["gradients"].__setitem__("absent", 3),
+        lambda data: data["matmul"].__setitem__(-1, 1),
+        lambda data: data["matmul"].__setitem__(-1, 2**62),
+        lambda data: data["graph"].__setitem__("loss", None),
+        lambda data: data.__setitem__("versions", []),
+        lambda data: data.pop("digest"),
     ],
 )
 def test_a_damaged_file(saved: Path, damage: Any) -> None:

@@ -86,7 +86,7 @@ def test_apply_freezes_and_drops_stale_gradients(profile: Profile) -> None:
 
 def test_apply_to_another_model_changes_nothing(profile: Profile) -> None:
     model = build("llama")
-    with pytest.raises(gtflops.InputError, match=r"the model has no tensor .*expected the model that was profiled"):
+    with pytest.raises(gtflops.InputError, match=r"the model none of that name; expected the model that was profiled"):
         gtflops.select(profile, uniform(profile), 0.6).apply(model)
     assert all(tensor.requires_grad for tensor in model.parameters())
 
@@ -106,6 +106,32 @@ def test_an_infeasible_budget_names_the_smallest_feasible_one(profile: Profile) 
         gtflops.select(profile, uniform(profile), budget_flops=smallest - 1)
 
 
+def test_the_smallest_feasible_budget_is_exact_where_branches_are_parallel() -> None:
+    """The chain form charges a tensor for its parallel branch too: what fits exactly is not refused."""
+
+    class Branches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (
+                torch.nn.Sequential(*(torch.nn.Linear(16, 16, bias=False) for _ in range(4))) for _ in range(2)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(x)
+
+    profile = gtflops.profile(Branches(), torch.randn(8, 16), lambda y, _: y.sum())
+    deepest = profile.names[-1]
+    importance = {name: float(name == deepest) for name in profile.names}
+    alone = profile.step_flops([deepest]).total
+    assert alone < profile.forward_flops + profile.t_dw[-1] + profile.t_dy.sum()
+    selection = gtflops.select(profile, importance, budget_flops=alone)
+    assert selection.names == (deepest,)
+    assert (selection.flops, selection.optimal) == (alone, False)
+    assert selection.upper_bound >= selection.value
+    with pytest.raises(gtflops.InfeasibleBudgetError, match=f"budget_flops={alone}"):
+        gtflops.select(profile, importance, budget_flops=alone - 1)
+
+
 @pytest.mark.parametrize("budget", [0, -0.5, 1.5, math.nan, math.inf, "half", True])
 def test_budgets_outside_zero_to_one(profile: Profile, budget: float) -> None:
     with pytest.raises(gtflops.InputError, match=r"expected a share of a full step in \(0, 1\]"):
@@ -123,7 +149,7 @@ def test_two_budgets(profile: Profile) -> None:
         gtflops.select(profile, uniform(profile), 0.5, budget_flops=10**9)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1", 10**400])
 def test_importance_that_is_no_finite_number(profile: Profile, value: float) -> None:
     name = profile.names[4]
     with pytest.raises(gtflops.InputError, match=f"importance of '{name}' is .*expected a finite number"):

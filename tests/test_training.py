@@ -50,6 +50,81 @@ def test_a_new_shape_is_priced_by_its_own_profile() -> None:
     assert len({step.planned_flops for step in log.steps}) > 1
 
 
+def test_the_budget_holds_for_the_shape_it_is_selected_on() -> None:
+    """Attention's share grows with length, so a share of one shape's full step is another share of another's."""
+    trainer, _ = trainer_for(budget=0.5, every=1, count_executed=True)
+    for batch in (padded_batch(3, 60), padded_batch(3, 12)):
+        record = trainer.fit([batch]).steps[-1]
+        assert record.executed_flops == record.planned_flops
+        assert record.planned_flops <= 0.5 * gtflops.profile(trainer.model, batch).full_flops
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    model, batch = build("gpt2"), padded_batch()
+    frozen = {name for name, _ in model.named_parameters() if "wte" in name or "h.0" in name}
+    for name, tensor in model.named_parameters():
+        tensor.requires_grad_(name not in frozen)
+    for optimizer in (
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        torch.optim.AdamW([tensor for tensor in model.parameters() if tensor.requires_grad], lr=1e-2),
+    ):
+        for name, tensor in model.named_parameters():
+            tensor.requires_grad_(name not in frozen)
+        before = copy.deepcopy(dict(model.named_parameters()))
+        trainer = gtflops.GreenTrainer(model, optimizer, batch, budget=0.9, every=2, count_executed=True)
+        log = trainer.fit([batch] * 4)
+        assert log.executed_flops == log.planned_flops
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters() if name in frozen)
+        assert not frozen & set(log.selections[-1].selection.names)
+
+
+def test_a_warm_up_from_zero() -> None:
+    model, batch = build("gpt2"), padded_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+    expected = gtflops.measure_importance(model.eval(), [batch], torch.optim.AdamW(model.parameters(), lr=1e-3))
+    trainer = gtflops.GreenTrainer(model, optimizer, batch, 0.7, 2, scheduler=scheduler)
+    trainer.fit([batch] * 3)
+    assert dict(trainer.log.selections[0].selection.importance) == expected
+
+
+def test_operators_without_a_price_are_refused_or_allowed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Softplus(), torch.nn.Linear(4, 4))
+    optimizer, x = torch.optim.AdamW(model.parameters()), torch.randn(8, 4)
+    options: dict[str, Any] = {"loss": lambda y, _: y.square().mean(), "count_executed": True}
+    for budget in (None, 0.9):
+        with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\.softplus"):
+            gtflops.GreenTrainer(model, optimizer, x, budget, **options)
+    log = gtflops.GreenTrainer(model, optimizer, x, 0.9, allow_unsupported=True, **options).fit([x])
+    assert log.executed_flops == log.planned_flops
+    with gtflops.ExecutedFlops() as executed:
+        model(x)
+    with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\.softplus\.default \(1 times\)"):
+        _ = executed.total
+
+
+def test_a_step_without_a_selection_is_planned_as_the_model_stands() -> None:
+    trainer, batches = trainer_for(count_executed=True)
+    trainer.model.lm_head.requires_grad_(False)
+    record = trainer.step(batches[0])
+    assert record.planned_flops == record.executed_flops < trainer.profile.full_flops
+
+
+def test_a_profile_of_another_model() -> None:
+    profile = gtflops.profile(torch.nn.Linear(8, 8), torch.ones(2, 8), lambda y, _: y.sum())
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(gtflops.InputError, match=r"of shape \(8,\), the model \(4,\); expected the model that was"):
+        gtflops.GreenTrainer(model, torch.optim.AdamW(model.parameters()), profile)
+
+
+def test_a_model_that_is_all_frozen() -> None:
+    model = torch.nn.Linear(4, 4).requires_grad_(False)
+    with pytest.raises(gtflops.InputError, match="nothing to select from"):
+        gtflops.GreenTrainer(
+            model, torch.optim.SGD(model.parameters(), lr=1.0), torch.ones(1, 4), loss=lambda y, _: y.sum()
+        )
+
+
 def test_without_a_budget_everything_is_trained() -> None:
     trainer, batches = trainer_for(budget=None, count_executed=True)
     trainer.model.requires_grad_(False)

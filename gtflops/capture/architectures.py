@@ -74,6 +74,8 @@ def architecture(name: str, *, batch_size: int, seq_len: int, attention: Attenti
 
 def _settings(name: str) -> dict[str, Any]:
     """The configuration as its file says it, before transformers' classes change it."""
+    if not name:
+        raise InputError("the model's name is empty; expected a folder, a preset, or a Hugging Face id")
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json, expected a folder written by save_pretrained")

@@ -223,8 +223,8 @@ class _NoInputGradients(TorchFunctionMode):
         ):
             raise UnsupportedModelError(
                 "the model makes an activation require a gradient (enable_input_require_grads does), so that the "
-                "backward pass runs down to it whatever is trained, which gtflops does not price yet; profile it without, "
-                "for example after model.disable_input_require_grads()"
+                "backward pass runs down to it whatever is trained, which gtflops does not price yet; profile it "
+                "without, for example after model.disable_input_require_grads()"
             )
         return func(*args, **(kwargs or {}))
 

@@ -31,6 +31,8 @@ class FineTuneSettings:
     """Peak of AdamW's linear decay to zero, without warm-up (the published recipe's schedule)."""
     seed: int = 0
     """Of the order of the examples and of dropout."""
+    allow_unsupported: bool = False
+    """Count operators without a price as free."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,15 @@ def finetune(
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / settings.steps))
     first = next(stream)
-    trainer = GreenTrainer(model, optimizer, profile or first, settings.budget, settings.every, scheduler=scheduler)
+    trainer = GreenTrainer(
+        model,
+        optimizer,
+        profile or first,
+        settings.budget,
+        settings.every,
+        scheduler=scheduler,
+        allow_unsupported=settings.allow_unsupported,
+    )
     if loss_before is None:
         loss_before = mean_loss(model, held_out)
     counted: CountedStep | None = None
@@ -120,15 +130,14 @@ def mean_loss(model: Any, held_out: Sequence[Batch]) -> float:
 
 def count_step(trainer: GreenTrainer, batch: Batch) -> CountedStep:
     """Run forward and backward once under both counters, and drop the gradients: the run is as it was."""
-    trainable = "all" if trainer.selection is None else trainer.selection.mask
     state = torch.random.get_rng_state()
     with ExecutedFlops() as executed, FlopCounterMode(display=False) as pytorch:
         trainer.model(**batch).loss.backward()
     torch.random.set_rng_state(state)
     trainer.optimizer.zero_grad(set_to_none=True)
     return CountedStep(
-        planned_matmul=trainer.profile.step_flops(trainable, ops="matmul").total,
+        planned_matmul=trainer.profile.step_flops(trainer.model, ops="matmul").total,
         pytorch_matmul=pytorch.get_total_flops(),
-        planned=trainer.profile.step_flops(trainable).total,
-        executed=sum(executed.flops),
+        planned=trainer.profile.step_flops(trainer.model).total,
+        executed=sum(executed.flops) if trainer.allow_unsupported else executed.total,
     )

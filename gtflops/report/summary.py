@@ -386,8 +386,7 @@ def module_group(module: str) -> str:
 
 
 def _tensors(profile: Profile, selection: Selection | None) -> tuple[TensorRow, ...]:
-    count = len(profile.tensors)
-    alone = [profile.step_flops(np.arange(count) == position).total for position in range(count)]
+    alone = profile.alone_flops.tolist()
     return tuple(
         TensorRow(
             name=tensor.name,

@@ -13,7 +13,7 @@ from gtflops.capture import ExecutedFlops, Loss, batch_types, call_model, loss_o
 from gtflops.errors import GtflopsError, InputError
 from gtflops.importance import measure_importance
 from gtflops.profiling import Profile, profile
-from gtflops.selection import Selection, select
+from gtflops.selection import Selection, budget_in_flops, select
 
 
 class Scheduler(Protocol):
@@ -68,16 +68,19 @@ class TrainingLog:
 class GreenTrainer:
     """Trains the tensors that matter most within a budget of FLOPs a step, and chooses them anew now and then.
 
+    Only tensors that require gradients when the trainer is built are candidates: what is frozen stays frozen.
+
     Args:
-        model: with every tensor that may ever be trained in ``optimizer``.
-        optimizer: built on ``model.parameters()`` while all of them are trainable.
+        model: the model, in the mode to train it in.
+        optimizer: one that holds every candidate.
         profile_or_batch: a :class:`gtflops.Profile` of this model, or a batch to profile it on.
-        budget: share of a full step's FLOPs that a step may cost, in (0, 1]; ``None`` trains everything, the
-            full fine-tuning to compare with.
+        budget: share of a full step's FLOPs that a step may cost, in (0, 1], for the shape of the batch that each
+            selection is made on; ``None`` trains every candidate, the full fine-tuning to compare with.
         every: optimizer steps between two selections.
         loss: ``loss(outputs, batch)``, a scalar tensor; ``outputs.loss`` without it.
         scheduler: stepped after each optimizer step.
         count_executed: count what each step really executes, by gtflops' own table (some percent slower).
+        allow_unsupported: count operators without a price as free, instead of refusing them.
 
     >>> import torch, gtflops
     >>> _ = torch.manual_seed(0)
@@ -103,11 +106,10 @@ class GreenTrainer:
         loss: Loss | None = None,
         scheduler: Scheduler | None = None,
         count_executed: bool = False,
+        allow_unsupported: bool = False,
     ) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise InputError(f"every is {every!r}, expected a positive number of optimizer steps")
-        if budget is not None and not 0 < budget <= 1:
-            raise InputError(f"budget is {budget!r}, expected a share of a full step in (0, 1], or None for all")
         self.model = model
         self.optimizer = optimizer
         self.budget = budget
@@ -115,9 +117,18 @@ class GreenTrainer:
         self.loss = loss
         self.scheduler = scheduler
         self.count_executed = count_executed
+        self.allow_unsupported = allow_unsupported
         self.profile = (
             profile_or_batch if isinstance(profile_or_batch, Profile) else profile(model, profile_or_batch, loss)
         )
+        self.profile.require_fit(model)
+        if not allow_unsupported:
+            self.profile.require_prices()
+        if budget is not None:
+            budget_in_flops(self.profile, budget)
+        self.candidates = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+        if not self.candidates:
+            raise InputError("every tensor of the model is frozen, so there is nothing to select from; thaw some first")
         self.selection: Selection | None = None
         self.log = TrainingLog()
         self._profiles = {tuple(self.profile.graph.batch.items()): self.profile}
@@ -140,18 +151,20 @@ class GreenTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.budget is None:
             for name, tensor in self.model.named_parameters():
-                tensor.requires_grad_(name in self.profile.graph.gradients)
+                tensor.requires_grad_(name in self.candidates)
             return
         started = time.perf_counter()
-        importance = measure_importance(self.model, [batch], self.optimizer, self.loss)
-        self.selection = select(self.profile, importance, self.budget)
+        costs = self._profile_of(batch)
+        measured = measure_importance(self.model, [batch], self.optimizer, self.loss)
+        importance = {name: value if name in self.candidates else 0.0 for name, value in measured.items()}
+        self.selection = select(costs, importance, self.budget, allow_unsupported=self.allow_unsupported)
         self.selection.apply(self.model)
-        self.log.measuring_flops += self._profile_of(batch).full_flops
+        self.log.measuring_flops += costs.full_flops
         self.log.selections.append(SelectionRecord(len(self.log.steps), self.selection, time.perf_counter() - started))
 
     def step(self, batch: Any) -> StepRecord:
         """One training step on ``batch`` with the tensors selected last."""
-        planned = self._profile_of(batch).step_flops("all" if self.selection is None else self.selection.mask).total
+        planned = self._profile_of(batch).step_flops(self.model).total
         started = time.perf_counter()
         with ExecutedFlops() if self.count_executed else nullcontext() as executed:
             loss = loss_of(call_model(self.model, batch), batch, self.loss)
@@ -169,11 +182,14 @@ class GreenTrainer:
             step=len(self.log.steps),
             loss=loss.item(),
             planned_flops=planned,
-            executed_flops=None if executed is None else sum(executed.flops),
+            executed_flops=None if executed is None else self._executed(executed),
             seconds=time.perf_counter() - started,
         )
         self.log.steps.append(record)
         return record
+
+    def _executed(self, counted: ExecutedFlops) -> int:
+        return sum(counted.flops) if self.allow_unsupported else counted.total
 
     def _profile_of(self, batch: Any) -> Profile:
         """The profile for the batch's shapes; a new shape is traced once."""
