@@ -8,7 +8,7 @@ test bench: export OMP_NUM_THREADS ?= 1
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
 
-.PHONY: install demo test test-cpp bench lint format docs clean
+.PHONY: install demo test test-cpp bench bench-results lint format docs clean
 
 install: $(VENV)/installed
 
@@ -32,7 +32,12 @@ test-cpp: install
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure
 
 bench: install
-	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -p no:doctest
+	mkdir -p build
+	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
+		--benchmark-json=build/bench.json --override-ini addopts=
+
+bench-results: bench
+	$(PYTHON) benchmarks/write_results.py build/bench.json
 
 lint: install
 	$(VENV)/bin/ruff check .

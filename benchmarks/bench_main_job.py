@@ -85,9 +85,8 @@ def test_solver(benchmark: Any, opt: gtflops.Profile, solver: str, budget: float
     }[solver]
     mask = benchmark(solve)
     best = gtflops.knapsack(opt.t_dw, opt.t_dy, importance, capacity)
-    benchmark.extra_info["importance, share of the optimum"] = float(importance[mask].sum() / best.value)
-    benchmark.extra_info["step, share of the budget"] = opt.step_flops(mask).total / (budget * opt.full_flops)
-    print(f"\n{benchmark.group}, {solver}: {benchmark.extra_info}")
+    benchmark.extra_info["importance, share of the optimum:"] = float(importance[mask].sum() / best.value)
+    benchmark.extra_info["step, share of the budget:"] = opt.step_flops(mask).total / (budget * opt.full_flops)
 
 
 @pytest.fixture(scope="module")
