@@ -1,6 +1,7 @@
 """Capture: what is recorded, what is left alone, and what is refused with a reason."""
 
 import copy
+import gc
 import random
 from collections import namedtuple
 from pathlib import Path
@@ -73,7 +74,7 @@ def state_of(model: torch.nn.Module, batch: Any) -> Any:
         },
         "batch": copy.deepcopy(batch),
         "rng": (torch.get_rng_state(), random.getstate(), str(np.random.get_state())),
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), gc.isenabled()),
     }
 
 

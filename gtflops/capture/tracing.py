@@ -5,6 +5,7 @@ order, dead forward operators included (``make_fx`` removes those, and takes sev
 of the user's model is touched: fake ones stand in for its parameters and buffers while it runs.
 """
 
+import gc
 import logging
 import operator
 import re
@@ -131,6 +132,7 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
             )
     fake_mode = detect_fake_mode(list(parameters.values())) or FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
+        stack.enter_context(_no_garbage_collection())
         stack.enter_context(unchanged(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -270,9 +272,9 @@ class _Recorder(OperatorMode):
                 "gradient), which gtflops does not price yet; profile the model without, for example after "
                 "model.gradient_checkpointing_disable()"
             )
-        node_args = pytree.tree_map_only(torch.Tensor, self.node_of, args)
-        node_kwargs = pytree.tree_map_only(torch.Tensor, self.node_of, kwargs)
-        read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        read: list[torch.Tensor] = []
+        node_args = self._nodes_for(args, read)
+        node_kwargs = {name: self._nodes_for(value, read) for name, value in kwargs.items()}
         writes = [self._last_write.get(_storage(tensor)) for tensor in read]
         node = self.graph.call_function(func, node_args, node_kwargs)
         module = self._module()
@@ -295,6 +297,15 @@ class _Recorder(OperatorMode):
                 call = Call(GETITEM, (position,), (), (tensor_type(output),))
                 part.meta.update(call=call, phase=self.phase, module=module, after=())
                 self._keep(output, part)
+
+    def _nodes_for(self, value: Any, read: list[torch.Tensor]) -> Any:
+        """An operator's argument with nodes for tensors; the tensors are added to ``read``."""
+        if isinstance(value, torch.Tensor):
+            read.append(value)
+            return self.node_of(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._nodes_for(item, read) for item in value)
+        return value
 
     def _keep(self, tensor: torch.Tensor, node: torch.fx.Node) -> None:
         self._nodes[id(tensor)] = node
@@ -409,6 +420,18 @@ def _user_line(error: BaseException) -> str:
         if Path(frame.filename).parent == modules and Path(frame.filename).name != "module.py":
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return f"{frames[0].filename}:{frames[0].lineno}: {frames[0].line}"
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A trace keeps all that it makes until its end: collecting on the way finds nothing, and takes a quarter of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
