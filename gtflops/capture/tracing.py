@@ -1,7 +1,7 @@
 """Model + batch -> one joint forward and backward torch.fx graph, executed once on fake tensors.
 
 The step runs eagerly under a recording dispatch mode: what is recorded is what PyTorch really executes, in its
-order, dead forward operators included (``make_fx`` removes those, and takes several times as long). No tensor
+order, dead forward operators included (``make_fx`` removes those, and takes about four times as long). No tensor
 of the user's model is touched: fake ones stand in for its parameters and buffers while it runs.
 """
 
