@@ -263,6 +263,26 @@ def test_input_gradients_are_refused() -> None:
     assert gtflops.profile(model, batch).full_flops
 
 
+def test_leaves_that_are_no_parameters_are_refused() -> None:
+    """A soft prompt kept as a plain tensor, or a tensor made to require a gradient in the forward."""
+
+    class Prompted(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.prompt = torch.ones(4, requires_grad=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + self.prompt)
+
+    class Made(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + torch.zeros(4, requires_grad=True))
+
+    for model in (Prompted(), Made(4, 4)):
+        with pytest.raises(gtflops.UnsupportedModelError, match="a tensor that is no parameter require a gradient"):
+            gtflops.profile(model, torch.ones(2, 4), squared)
+
+
 def test_what_the_trace_cannot_know_is_noted() -> None:
     model = build("llama", "sdpa")
     model.lm_head.weight.register_hook(lambda gradient: gradient * 2)
