@@ -3,6 +3,7 @@
 import copy
 import gc
 import random
+import socket
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,19 @@ def test_a_batch_that_requires_a_gradient() -> None:
 def test_unknown_model_names_suggest_known_ones() -> None:
     with pytest.raises(gtflops.InputError, match=r"unknown model 'facebook/opt-2.8b'.*facebook/opt-2.7b"):
         gtflops.profile("facebook/opt-2.8b", batch_size=1, seq_len=8)
+
+
+def test_without_a_network_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gtflops.capture.architectures import hub_is_reachable
+
+    def no_name(*_: Any) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", no_name)
+    assert not hub_is_reachable()
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
+    assert hub_is_reachable()
 
 
 def test_a_preset_without_its_organisation() -> None:

@@ -2,12 +2,16 @@
 
 import difflib
 import json
+import socket
+import urllib.request
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import torch
 import transformers
 
@@ -82,7 +86,7 @@ def _settings(name: str) -> dict[str, Any]:
     if not folder.is_dir() and (preset := _preset(name)) is not None:
         return dict(presets()[preset])
     try:
-        settings, _ = transformers.PreTrainedConfig.get_config_dict(name)
+        settings, _ = transformers.PreTrainedConfig.get_config_dict(name, local_files_only=not hub_is_reachable())
         return dict(settings)
     except (OSError, ValueError) as error:
         spelled = {alias: preset for preset in presets() for alias in _aliases(preset)}
@@ -92,6 +96,17 @@ def _settings(name: str) -> dict[str, Any]:
             f"unknown model {name!r}: no such folder, no preset, and Hugging Face has no configuration of it here; "
             f"nearest known: {nearest}"
         ) from error
+
+
+def hub_is_reachable() -> bool:
+    """Whether the hub's name resolves; without a network, asking it anyway takes half a minute of retries."""
+    if urllib.request.getproxies():
+        return True  # the proxy resolves it
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _aliases(preset: str) -> tuple[str, str]:

