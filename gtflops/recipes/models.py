@@ -42,8 +42,8 @@ def load_pretrained(name: str, *, attention: str = "eager") -> Pretrained:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=local, **where)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot load {name!r} with weights: {str(error).splitlines()[0]} Expected 'smollm2', a folder written by save_pretrained, "
-            "or a Hugging Face id in the cache or on the hub"
+            f"cannot load {name!r} with weights: {str(error).splitlines()[0]} Expected 'smollm2', a folder written by "
+            "save_pretrained, or a Hugging Face id in the cache or on the hub"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
