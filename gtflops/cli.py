@@ -193,6 +193,8 @@ def train_command(
         seed=seed,
         allow_unsupported=allow_unsupported,
     )
+    _require_writable(html, ".html")
+    _require_writable(save_importance)
     with _progress() as advance:
         advance("load", 0, 1)
         pretrained = load_pretrained(model, attention=attention.value)
@@ -206,6 +208,10 @@ def train_command(
             settings,
             on_step=lambda record: advance("train", record.step + 1, steps),
         )
+    if as_json:
+        _print_json(_run_json(result))
+    else:
+        out.print(_runs_table({f"budget {budget:g}": result}))
     if save is not None:
         pretrained.model.save_pretrained(save)
         pretrained.tokenizer.save_pretrained(save)
@@ -213,10 +219,6 @@ def train_command(
         write_whole(save_importance, json.dumps(dict(result.selection.importance), indent=1))
     if html is not None:
         _write_html(html, result.profile, result.selection, result.log)
-    if as_json:
-        _print_json(_run_json(result))
-    else:
-        out.print(_runs_table({f"budget {budget:g}": result}))
     _say_written(save, save_importance, html)
 
 
@@ -378,11 +380,18 @@ def _read(path: str) -> dict[str, float]:
     return data
 
 
+def _require_writable(path: Path | None, suffix: str = "") -> None:
+    """An output that cannot be written is refused before the work, not after it."""
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path is not None and not path.name.endswith(suffix):
+        raise InputError(f"{path} does not end in {suffix}")
+
+
 def _write_html(path: Path, costs: "Profile", selection: "Selection | None" = None, log: Any = None) -> None:
     from gtflops.report import write
 
-    if path.suffix != ".html":
-        raise InputError(f"--html {path} does not end in .html")
+    _require_writable(path, ".html")
     with err.status(f"writing {path}"):
         write(path, costs, selection, log)
 

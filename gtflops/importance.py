@@ -7,6 +7,7 @@ paper, arXiv:2309.13192, equation 4). One backward pass for optimizers whose upd
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -34,9 +35,9 @@ def measure_importance(
     ``requires_grad``, buffers, the optimizer's state and the random states are afterwards as they were, to the bit,
     also when a batch fails.
 
-    Raises InputError for no batches, an optimizer that lacks a trainable tensor or whose learning rates are all 0,
-    tensors with post-accumulate-gradient hooks (which may step an optimizer), a batch that the model refuses, and a
-    loss that cannot be trained on or is not finite.
+    Raises InputError for no batches, an optimizer that lacks a trainable tensor, holds one that is not the model's, or
+    whose learning rates are all 0, tensors with post-accumulate-gradient hooks (which may step an optimizer), a batch
+    that the model refuses, and a loss that cannot be trained on or is not finite.
 
     >>> import torch, gtflops
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -47,7 +48,7 @@ def measure_importance(
     {'weight': 12.5}
     """
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
-    groups = _groups(parameters, optimizer)
+    groups = _groups(model, parameters, optimizer)
     held = {name: tensor for name, tensor in parameters.items() if tensor in groups}
     hooked = [name for name, tensor in held.items() if tensor._post_accumulate_grad_hooks]
     if hooked:
@@ -76,13 +77,20 @@ def measure_importance(
 
 
 def _groups(
-    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[torch.Tensor, Mapping[str, Any]]:
     """The settings that the optimizer has for each tensor it holds, with the rate of the coming steps."""
     groups: dict[torch.Tensor, Mapping[str, Any]] = {}
+    warming_up = all(group.get("lr") == 0 for group in optimizer.param_groups)
     for group in optimizer.param_groups:
-        coming = group if group.get("lr") != 0 else {**group, "lr": group.get("initial_lr", 0)}
+        coming = {**group, "lr": group.get("initial_lr", 0)} if warming_up else group
         groups.update(dict.fromkeys(group["params"], coming))
+    foreign = len(groups.keys() - set(model.parameters()))
+    if foreign:
+        raise InputError(
+            f"the optimizer holds {foreign} tensors that are not the model's, which measuring would move; expected one "
+            "built on model.parameters()"
+        )
     missing = [name for name, tensor in parameters.items() if tensor.requires_grad and tensor not in groups]
     if missing:
         raise InputError(
@@ -125,6 +133,11 @@ def _by_hooks(
         def hook(tensor: torch.Tensor) -> None:
             gradient = tensor.grad
             assert gradient is not None
+            if name in measured:
+                raise InputError(
+                    f"the gradient of {name!r} arrives in parts (reentrant activation checkpointing), so it cannot be "
+                    "freed as it comes; expected use_reentrant=False"
+                )
             with torch.no_grad():
                 measured[name] = _by_formula(tensor, gradient, optimizer.state.get(tensor, {}), groups[tensor], update)
             tensor.grad = None
@@ -182,7 +195,7 @@ def _by_real_step(
         try:
             _forward(model, batch, loss).backward()
             gradients = {name: tensor.grad.clone() for name, tensor in parameters.items() if tensor.grad is not None}
-            for group in optimizer.param_groups:
+            for group in filter(itemgetter("params"), optimizer.param_groups):
                 group["lr"] = groups[group["params"][0]]["lr"]
             # The class's own method: a scheduler counts calls of the one it put on the object.
             type(optimizer).step(optimizer)
@@ -262,11 +275,11 @@ def _restored(model: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) ->
         with unchanged(model):
             yield
     finally:
-        restore_contents(buffers)
         for tensor, requires in required.items():
             tensor.grad = None
             tensor.requires_grad_(requires)
             tensor.grad = gradients[tensor]
+        restore_contents(buffers)
 
 
 @contextmanager

@@ -257,8 +257,15 @@ class Profile:
             )
 
     def require_fit(self, model: HasParameters) -> None:
-        """InputError unless ``model`` has every tensor of the profile, in its shape."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+        """InputError unless ``model`` has the tensors of the profile in their shapes, and no others to train."""
+        parameters = dict(model.named_parameters())
+        others = [name for name in parameters.keys() - set(self.names) if parameters[name].is_floating_point()]
+        if others:
+            raise InputError(
+                f"the model has {len(others)} tensors that the profile does not, such as {min(others)!r}; expected the "
+                f"model that was profiled, a {self.graph.model}"
+            )
+        shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
         for tensor in self.tensors:
             if shapes.get(tensor.name) != tensor.shape:
                 raise InputError(

@@ -135,7 +135,7 @@ def budget_in_flops(profile: Profile, budget: float | None, budget_flops: int | 
     share = 0.5 if budget is None else budget
     if isinstance(share, bool) or not isinstance(share, (int, float, np.floating)) or not 0 < share <= 1:
         raise InputError(f"budget is {share!r}, expected a share of a full step in (0, 1]")
-    return int(Fraction(float(share)) * profile.full_flops)
+    return int(Fraction(repr(float(share))) * profile.full_flops)  # 0.6 means 6/10
 
 
 def _values(profile: Profile, importance: Mapping[str, float]) -> npt.NDArray[np.float64]:
@@ -172,7 +172,8 @@ def _require_feasible(profile: Profile, values: npt.NDArray[np.float64], limit: 
     if limit >= smallest:
         return
     full = profile.full_flops
-    share, floor, least = limit / full, profile.forward_flops / full, math.ceil(10_000 * smallest / full) / 10_000
+    share, floor = limit / full, profile.forward_flops / full
+    least = -(-10_000 * smallest // full) / 10_000  # rounded up
     reason = (
         f"is below the forward pass alone ({floor:.4f} of a full step)"
         if limit < profile.forward_flops

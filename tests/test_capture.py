@@ -4,7 +4,7 @@ import copy
 import gc
 import random
 import socket
-from collections import namedtuple
+from collections import deque, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from small_models import build, padded_batch
 
 Output = namedtuple("Output", "loss")
 
-ATTRIBUTES = ("training", "calls", "seen", "cache", "total", "flag")
+ATTRIBUTES = ("training", "calls", "seen", "cache", "total", "recent", "flag")
 
 
 def squared(outputs: torch.Tensor, _: Any) -> torch.Tensor:
@@ -40,6 +40,7 @@ class Restless(torch.nn.Module):
         self.seen: list[torch.Tensor] = []
         self.cache: dict[str, Any] = {"nested": {"list": [1]}}
         self.total = torch.zeros(1)
+        self.recent: deque[torch.Tensor] = deque(maxlen=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(self.linear(x))
@@ -47,6 +48,7 @@ class Restless(torch.nn.Module):
         self.average = 0.9 * self.average + 0.1 * y.detach().mean(0)
         self.calls += 1
         self.total += 1
+        self.recent.append(y.detach())
         self.cache["nested"]["list"].append(y.detach())
         self.seen.append(y.detach())
         self.cache["y"] = y.detach()
@@ -86,7 +88,7 @@ def assert_same(before: Any, after: Any) -> None:
         assert before.keys() == after.keys()
         for key in before:
             assert_same(before[key], after[key])
-    elif isinstance(before, (list, tuple)):
+    elif isinstance(before, (list, tuple, deque)):
         assert len(before) == len(after)
         for one, other in zip(before, after, strict=True):
             assert_same(one, other)
@@ -280,7 +282,7 @@ def test_leaves_that_are_no_parameters_are_refused() -> None:
             return super().forward(x + torch.zeros(4, requires_grad=True))
 
     for model in (Prompted(), Made(4, 4)):
-        with pytest.raises(gtflops.UnsupportedModelError, match="a tensor that is no parameter require a gradient"):
+        with pytest.raises(gtflops.UnsupportedModelError, match="requires a gradient and is no parameter of the model"):
             gtflops.profile(model, torch.ones(2, 4), squared)
 
 

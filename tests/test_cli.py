@@ -127,6 +127,8 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["select", "SAVED", "--importance", "SAVED"], "lacks"),
         (["select", "SAVED", "--importance", "absent.json"], "cannot read importances from absent.json"),
         (["train", "absent-model"], "cannot load 'absent-model'"),
+        (["train", "absent-model", "--html", "run.txt"], "run.txt does not end in .html"),
+        (["train", "absent-model", "--save-importance", "absent/i.json"], "there is no folder absent"),
         (["train", "TINY", "--data", "absent.jsonl"], "cannot read absent.jsonl"),
     ],
 )

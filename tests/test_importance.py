@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import gtflops
 from small_models import build, padded_batch
@@ -140,6 +141,35 @@ def test_sparse_gradients() -> None:
     assert sparse == pytest.approx(dense)
 
 
+def test_groups_held_at_zero_have_no_importance() -> None:
+    """Only where every rate is 0 does the base rate stand in: a group that a schedule freezes would not move."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in model], lr=1e-2)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.0])
+    measured = gtflops.measure_importance(model, [torch.ones(2, 4)], optimizer, squared)
+    assert {name: value != 0 for name, value in measured.items()} == {
+        "0.weight": True,
+        "0.bias": True,
+        "1.weight": False,
+        "1.bias": False,
+    }
+
+
+def test_an_empty_group_and_a_sparse_buffer() -> None:
+    class Graph(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("adjacency", torch.eye(2).to_sparse())
+
+    model = Graph()
+    model.bias.requires_grad_(False)
+    model.weight.grad = torch.ones(4, 4)
+    optimizer = torch.optim.NAdam([{"params": list(model.parameters())}, {"params": []}])
+    assert any(gtflops.measure_importance(model, [torch.ones(2, 4)], optimizer, squared).values())
+    assert torch.equal(model.weight.grad, torch.ones(4, 4))
+    assert not model.bias.requires_grad
+
+
 def test_the_users_step_hooks_are_not_run() -> None:
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.RMSprop(model.parameters())
@@ -188,6 +218,28 @@ def test_a_loss_that_is_not_finite() -> None:
         gtflops.measure_importance(
             model, [torch.full((1, 2), math.nan)], torch.optim.AdamW(model.parameters()), squared
         )
+
+
+@pytest.mark.parametrize("kind", ["adamw", "nadam"])
+def test_an_optimizer_of_other_tensors_too(kind: str) -> None:
+    model, other = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.ones(()))
+    optimizer = OPTIMIZERS[kind]([*model.parameters(), other])
+    with pytest.raises(gtflops.InputError, match="holds 1 tensors that are not the model's"):
+        gtflops.measure_importance(model, [torch.ones(1, 2)], optimizer, lambda y, _: (y * other).sum())
+    assert (other.item(), other.grad) == (1.0, None)
+
+
+def test_a_gradient_in_parts() -> None:
+    class Checkpointed(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):
+                x = torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=True)
+            return x
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Checkpointed(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(gtflops.InputError, match="arrives in parts"):
+        gtflops.measure_importance(model, [torch.ones(1, 2)], optimizer, squared)
 
 
 def test_an_optimizer_that_needs_a_closure() -> None:

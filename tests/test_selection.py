@@ -86,7 +86,7 @@ def test_apply_freezes_and_drops_stale_gradients(profile: Profile) -> None:
 
 def test_apply_to_another_model_changes_nothing(profile: Profile) -> None:
     model = build("llama")
-    with pytest.raises(gtflops.InputError, match=r"the model none of that name; expected the model that was profiled"):
+    with pytest.raises(gtflops.InputError, match=r"'lm_head.weight'; expected the model that was profiled"):
         gtflops.select(profile, uniform(profile), 0.6).apply(model)
     assert all(tensor.requires_grad for tensor in model.parameters())
 
@@ -130,6 +130,17 @@ def test_the_smallest_feasible_budget_is_exact_where_branches_are_parallel() -> 
     assert selection.upper_bound >= selection.value
     with pytest.raises(gtflops.InfeasibleBudgetError, match=f"budget_flops={alone}"):
         gtflops.select(profile, importance, budget_flops=alone - 1)
+
+
+def test_the_smallest_budget_named_is_feasible() -> None:
+    """As a decimal too: 0.6 means 6/10, not the double just below it."""
+    for width in range(2, 20):
+        profile = gtflops.profile(torch.nn.Linear(width, width), torch.randn(1, width), lambda y, _: y.sum())
+        importance = dict.fromkeys(profile.names, 1.0)
+        with pytest.raises(gtflops.InfeasibleBudgetError) as raised:
+            gtflops.select(profile, importance, 0.01)
+        share = float(str(raised.value).rpartition(" (budget_flops")[0].rpartition(" ")[2])
+        assert gtflops.select(profile, importance, share).names
 
 
 @pytest.mark.parametrize("budget", [0, -0.5, 1.5, math.nan, math.inf, "half", True])

@@ -59,6 +59,25 @@ def test_the_budget_holds_for_the_shape_it_is_selected_on() -> None:
         assert record.planned_flops <= 0.5 * gtflops.profile(trainer.model, batch).full_flops
 
 
+def test_plain_values_and_modes_have_profiles_of_their_own() -> None:
+    class Repeated(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, times: int) -> torch.Tensor:
+            for _ in range(times):
+                x = torch.nn.functional.dropout(super().forward(x), training=self.training)
+            return x
+
+    model, x = Repeated(4, 4), torch.randn(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = gtflops.GreenTrainer(
+        model, optimizer, (x, 1), 1.0, 9, loss=lambda y, _: y.square().mean(), count_executed=True
+    )
+    trainer.fit([(x, 1), (x, 4)])
+    model.eval()
+    log = trainer.fit([(x, 4)])
+    assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+    assert len({step.planned_flops for step in log.steps}) == 3
+
+
 def test_what_is_frozen_stays_frozen() -> None:
     model, batch = build("gpt2"), padded_batch()
     frozen = {name for name, _ in model.named_parameters() if "wte" in name or "h.0" in name}
@@ -85,6 +104,7 @@ def test_a_warm_up_from_zero() -> None:
     expected = gtflops.measure_importance(model.eval(), [batch], torch.optim.AdamW(model.parameters(), lr=1e-3))
     trainer = gtflops.GreenTrainer(model, optimizer, batch, 0.7, 2, scheduler=scheduler)
     trainer.fit([batch] * 3)
+    assert trainer.log.measuring_flops == 2 * trainer.profile.full_flops
     assert dict(trainer.log.selections[0].selection.importance) == expected
 
 

@@ -153,11 +153,11 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
         stack.enter_context(_without_log(logging.getLogger("torch._subclasses.fake_tensor")))
         stack.enter_context(stateless._reparametrize_module(model, {**fake, **fake_buffers}, tie_weights=True))
         stack.enter_context(recorder.modules_of(model))
-        stack.enter_context(_NoInputGradients())
+        known = {id(tensor) for tensor in fake.values()}
+        stack.enter_context(_NoInputGradients(known))
         stack.enter_context(recorder)
         try:
             value = loss_of(call_model(model, fake_batch), fake_batch, loss)
-            known = {id(tensor) for tensor in fake.values()}
             if any(id(leaf) not in known for leaf in _leaves(value)):
                 raise _input_gradient()
             recorder.phase = Phase.BACKWARD
@@ -219,22 +219,27 @@ def _notes(
 class _NoInputGradients(TorchFunctionMode):
     """Refuses code that makes an activation require a gradient: its backward would run for every selection."""
 
+    def __init__(self, parameters: set[int]) -> None:
+        super().__init__()
+        self._parameters = parameters
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.requires_grad_:
             asked = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
         else:
             asked = func is torch.Tensor.requires_grad.__set__ and args[1]  # type: ignore[attr-defined]
-        if asked:
+        if asked and id(args[0]) not in self._parameters:
             raise _input_gradient()
         return func(*args, **kwargs)
 
 
 def _input_gradient() -> UnsupportedModelError:
     return UnsupportedModelError(
-        "the model makes a tensor that is no parameter require a gradient (enable_input_require_grads does), so that "
-        "the backward pass runs down to it whatever is trained, which gtflops does not price yet; profile it without, "
-        "for example after model.disable_input_require_grads()"
+        "the step uses a tensor that requires a gradient and is no parameter of the model, or one that is kept outside "
+        "of its modules, or it makes an activation require one (enable_input_require_grads does): the backward pass "
+        "runs down to it whatever is trained, which gtflops does not price yet; make it a parameter of the model, or "
+        "profile without, for example after model.disable_input_require_grads()"
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
     """Puts back what running the model's own code may change, besides its parameters and buffers.
 
-    That is the attributes of its modules, the dicts, lists and sets in them at any depth, the content of the tensors
-    in those, and the random states of Python, NumPy and torch. Objects of other classes are not looked into.
+    That is the attributes of its modules, the dicts, lists, sets and deques in them at any depth, the content of the
+    tensors in those, and the random states of Python, NumPy and torch. Objects of other classes are not looked into.
     """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     containers: dict[int, tuple[Any, Any]] = {}
@@ -42,7 +43,7 @@ def restore_contents(tensors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> No
     """Gives each tensor the content of the one beside it, and leaves one that did not change alone."""
     with torch.no_grad():
         for tensor, content in tensors:
-            if not torch.equal(tensor, content):
+            if tensor.layout is not torch.strided or not torch.equal(tensor, content):  # sparse ones cannot be compared
                 tensor.copy_(content)
 
 
@@ -55,7 +56,7 @@ def _remember(
     if isinstance(value, torch.Tensor):
         if tensors is not None and not (value.is_meta or isinstance(value, FakeTensor)):
             tensors.setdefault(id(value), (value, value.detach().clone()))
-    elif isinstance(value, (dict, list, set)):
+    elif isinstance(value, (dict, list, set, deque)):
         if id(value) not in containers:
             containers[id(value)] = (value, copy.copy(value))
             for item in value.values() if isinstance(value, dict) else value:
@@ -67,9 +68,10 @@ def _remember(
 
 def _refill(container: Any, content: Any) -> None:
     """Gives a container its former content, and leaves one that did not change alone."""
-    if isinstance(container, list):
+    if isinstance(container, (list, deque)):
         if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
-            container[:] = content
+            container.clear()
+            container.extend(content)
     elif isinstance(container, set):
         container.intersection_update(content)
         container.update(content)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.utils import _pytree as pytree
 
 from gtflops.capture import ExecutedFlops, Loss, batch_types, call_model, loss_of
 from gtflops.errors import GtflopsError, InputError
@@ -131,7 +132,12 @@ class GreenTrainer:
             raise InputError("every tensor of the model is frozen, so there is nothing to select from; thaw some first")
         self.selection: Selection | None = None
         self.log = TrainingLog()
-        self._profiles = {tuple(self.profile.graph.batch.items()): self.profile}
+        signature = (
+            (tuple(self.profile.graph.batch.items()), (), self._modes())
+            if isinstance(profile_or_batch, Profile)
+            else self._signature(profile_or_batch)
+        )
+        self._profiles = {signature: self.profile}
 
     def fit(self, batches: Iterable[Any], on_step: Callable[[StepRecord], None] | None = None) -> TrainingLog:
         """One optimizer step a batch, selecting anew every ``every`` steps on the batch that comes next."""
@@ -159,13 +165,15 @@ class GreenTrainer:
         importance = {name: value if name in self.candidates else 0.0 for name, value in measured.items()}
         self.selection = select(costs, importance, self.budget, allow_unsupported=self.allow_unsupported)
         self.selection.apply(self.model)
-        self.log.measuring_flops += costs.full_flops
+        held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
+        thawed = [name for name, tensor in self.model.named_parameters() if name in measured and tensor in held]
+        self.log.measuring_flops += costs.step_flops(thawed).total
         self.log.selections.append(SelectionRecord(len(self.log.steps), self.selection, time.perf_counter() - started))
 
     def step(self, batch: Any) -> StepRecord:
         """One training step on ``batch`` with the tensors selected last."""
-        planned = self._profile_of(batch).step_flops(self.model).total
         started = time.perf_counter()
+        planned = self._profile_of(batch).step_flops(self.model).total
         with ExecutedFlops() if self.count_executed else nullcontext() as executed:
             loss = loss_of(call_model(self.model, batch), batch, self.loss)
             if not math.isfinite(loss.item()):
@@ -192,8 +200,16 @@ class GreenTrainer:
         return sum(counted.flops) if self.allow_unsupported else counted.total
 
     def _profile_of(self, batch: Any) -> Profile:
-        """The profile for the batch's shapes; a new shape is traced once."""
-        shapes = tuple(batch_types(batch).items())
-        if shapes not in self._profiles:
-            self._profiles[shapes] = profile(self.model, batch, self.loss)
-        return self._profiles[shapes]
+        """The profile for the batch's shapes and the model's modes; each new one is traced once."""
+        signature = self._signature(batch)
+        if signature not in self._profiles:
+            self._profiles[signature] = profile(self.model, batch, self.loss)
+        return self._profiles[signature]
+
+    def _signature(self, batch: Any) -> tuple[Any, ...]:
+        """What the operators of a step may depend on: shapes, the batch's plain values, which modules train."""
+        values = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, (bool, int, float, str)))
+        return tuple(batch_types(batch).items()), tuple(values), self._modes()
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self.model.modules())
