@@ -388,7 +388,6 @@ class _Segments:
     [2, segments]; segments stand in an order in which each depends on earlier ones only.
     """
 
-    num_tensors: int
     needed_by: tuple[int, ...]
     dependencies: tuple[tuple[int, ...], ...]
     gradient_of: tuple[tuple[int, ...], ...]
@@ -423,7 +422,6 @@ class _Segments:
             dependencies[segment].discard(segment)
         gradients = (profile.graph.gradients[name] for name in profile.names)
         return cls(
-            num_tensors=len(profile.names),
             needed_by=tuple(sets),
             dependencies=tuple(tuple(sorted(sources)) for sources in dependencies),
             gradient_of=tuple(

@@ -1,4 +1,4 @@
-"""FLOPs, bytes and seconds as people read them. A multiply-add (MAC) is 2 FLOPs, decided here."""
+"""FLOPs and seconds as people read them. A multiply-add (MAC) is 2 FLOPs, decided here."""
 
 FLOPS_PER_MAC = 2
 
@@ -14,15 +14,6 @@ def format_flops(flops: float) -> str:
     '1.00 MFLOP'
     """
     return f"{_scaled(flops)}FLOP"
-
-
-def format_bytes(size: float) -> str:
-    """Three significant digits and a decimal prefix.
-
-    >>> format_bytes(0)
-    '0 B'
-    """
-    return f"{_scaled(size)}B"
 
 
 def _scaled(value: float) -> str:

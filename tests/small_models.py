@@ -58,3 +58,14 @@ def padded_batch(batch_size: int = 3, seq_len: int = 16) -> dict[str, torch.Tens
         "attention_mask": attention_mask,
         "labels": input_ids.masked_fill(attention_mask == 0, -100),
     }
+
+
+class HalfUsed(torch.nn.Module):
+    """A model with tensors that its loss does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x).sum()

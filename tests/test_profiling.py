@@ -16,7 +16,7 @@ import torch
 import gtflops
 from gtflops import Profile
 from gtflops.graph import Graph, Phase
-from small_models import build, padded_batch
+from small_models import HalfUsed, build, padded_batch
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +93,7 @@ def test_selections_that_do_not_fit(profile: Profile, trainable: Any, message: s
 
 
 def test_unused_tensors_cost_nothing_and_are_noted() -> None:
-    class Half(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x).sum()
-
-    profile = gtflops.profile(Half(), torch.ones(2, 3), lambda y, _: y)
+    profile = gtflops.profile(HalfUsed(), torch.ones(2, 3), lambda y, _: y)
     assert profile.names[-2:] == ("unused.weight", "unused.bias")
     assert profile.step_flops(["unused.weight"]).backward == 0
     assert "the loss does not depend on 2 tensors, first unused.weight" in profile.notes

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gtflops
 from gtflops import Profile
-from small_models import build, padded_batch
+from small_models import HalfUsed, build, padded_batch
 
 
 @pytest.fixture(scope="module")
@@ -183,14 +183,6 @@ def test_an_empty_selection(profile: Profile) -> None:
 
 
 def test_a_tensor_without_gradient_is_never_selected() -> None:
-    class Half(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x).sum()
-
-    profile = gtflops.profile(Half(), torch.ones(2, 3), lambda y, _: y)
+    profile = gtflops.profile(HalfUsed(), torch.ones(2, 3), lambda y, _: y)
     selection = gtflops.select(profile, dict.fromkeys(profile.names, 1.0), 1.0)
     assert set(selection.names) == {"used.weight", "used.bias"}

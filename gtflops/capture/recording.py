@@ -72,12 +72,10 @@ class Recorder(OperatorMode):
         )
         for written in _written(func, args, kwargs):
             self._last_write[_storage(written)] = node
-        outputs = outputs_of(result)
-        if not isinstance(result, (tuple, list)):
-            if isinstance(result, torch.Tensor):
-                self._keep(result, node)
+        if isinstance(result, torch.Tensor):
+            self._keep(result, node)
             return
-        for position, output in enumerate(outputs):
+        for position, output in enumerate(outputs_of(result)):
             if isinstance(output, torch.Tensor):
                 part = self.graph.call_function(operator.getitem, (node, position))
                 call = Call(GETITEM, (position,), (), (tensor_type(output),))

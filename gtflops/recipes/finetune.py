@@ -139,5 +139,5 @@ def count_step(trainer: GreenTrainer, batch: Batch) -> CountedStep:
         planned_matmul=trainer.profile.step_flops(trainer.model, ops="matmul").total,
         pytorch_matmul=pytorch.get_total_flops(),
         planned=trainer.profile.step_flops(trainer.model).total,
-        executed=sum(executed.flops) if trainer.allow_unsupported else executed.total,
+        executed=trainer.executed_flops(executed),
     )

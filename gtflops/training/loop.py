@@ -190,13 +190,14 @@ class GreenTrainer:
             step=len(self.log.steps),
             loss=loss.item(),
             planned_flops=planned,
-            executed_flops=None if executed is None else self._executed(executed),
+            executed_flops=None if executed is None else self.executed_flops(executed),
             seconds=time.perf_counter() - started,
         )
         self.log.steps.append(record)
         return record
 
-    def _executed(self, counted: ExecutedFlops) -> int:
+    def executed_flops(self, counted: ExecutedFlops) -> int:
+        """What was counted; UnsupportedOperatorError for operators without a price, unless they are allowed."""
         return sum(counted.flops) if self.allow_unsupported else counted.total
 
     def _profile_of(self, batch: Any) -> Profile:
