@@ -21,6 +21,7 @@ class Phase(StrEnum):
     CONSTANT = "constant"
     FORWARD = "forward"
     BACKWARD = "backward"
+    RECOMPUTE = "recompute"
 
 
 #: The op of a node that picks one output of an operator with several; priced where the price is by output.
@@ -31,8 +32,10 @@ GETITEM = "getitem"
 class Node:
     """One operator executed (or one tensor that was there before), in execution order.
 
-    ``inputs`` are the indices of the nodes it depends on, by data or because they wrote into what it reads.
-    ``module`` is the path of the module that called it; a backward node bears its forward operator's module.
+    ``inputs`` are the indices of the nodes it depends on, by data, because they wrote into what it reads, or because
+    autograd runs them together. ``module`` is the path of the module that called it and ``source`` the line of code,
+    ``file:line``; a backward node bears its forward operator's. ``storage`` is the index in
+    :attr:`Graph.storage_bytes` of the memory that its output lies in, ``None`` for an operator with several outputs.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Node:
     inputs: tuple[int, ...]
     phase: Phase
     module: str
+    source: str
+    storage: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +52,17 @@ class Graph:
     """A joint forward and backward graph.
 
     ``gradients`` maps each parameter tensor that can be trained to the node that holds its gradient, or to ``None``
-    where the loss does not depend on it. Every node's inputs stand before it.
+    where the loss does not depend on it. ``always`` are the nodes that hold gradients which a step computes whatever is
+    trained: of tensors that are no parameters. Every node's inputs stand before it. Views share a storage;
+    ``storage_bytes`` are the sizes of all.
     """
 
     model: str
     nodes: tuple[Node, ...]
     gradients: Mapping[str, int | None]
     loss: int
+    always: tuple[int, ...]
+    storage_bytes: tuple[int, ...]
 
     def __repr__(self) -> str:
         return f"Graph({self.model}: {len(self.nodes)} nodes, {len(self.gradients)} tensors)"
@@ -64,9 +73,10 @@ class Graph:
         return {node.name: node.call.output for node in self.nodes if node.phase is Phase.BATCH}
 
     def to_networkx(self) -> "networkx.DiGraph[int]":
-        """A DiGraph: nodes by index with their ``name op phase module outputs``, edges with the ``tensor`` they carry.
+        """A DiGraph: nodes by index with their ``name op phase module source outputs``, edges with their ``tensor``.
 
-        An edge without a tensor (``None``) orders a read after the write it depends on.
+        ``outputs`` and ``tensor`` are :class:`gtflops.operators.TensorType`, shape and dtype. The edge of an operator
+        with several outputs, which are nodes of their own, carries ``None``.
         """
         import networkx
 
@@ -78,6 +88,7 @@ class Graph:
                 op=node.call.op,
                 phase=str(node.phase),
                 module=node.module,
+                source=node.source,
                 outputs=node.call.outputs,
             )
             for source in node.inputs:
@@ -89,6 +100,7 @@ class Graph:
         """Plain data; equal calls are written once."""
         calls: dict[Call, int] = {}
         modules: dict[str, int] = {}
+        sources: dict[str, int] = {}
         nodes = [
             [
                 node.name,
@@ -96,16 +108,21 @@ class Graph:
                 list(node.inputs),
                 str(node.phase),
                 modules.setdefault(node.module, len(modules)),
+                sources.setdefault(node.source, len(sources)),
+                node.storage,
             ]
             for node in self.nodes
         ]
         return {
             "model": self.model,
             "modules": list(modules),
+            "sources": list(sources),
             "calls": [_call_to_json(call) for call in calls],
             "nodes": nodes,
             "gradients": dict(self.gradients),
             "loss": self.loss,
+            "always": list(self.always),
+            "storage_bytes": list(self.storage_bytes),
         }
 
     @classmethod
@@ -113,17 +130,23 @@ class Graph:
         """The inverse of :meth:`to_json`. May raise any error of Python's on data that it did not write."""
         calls = [_call_from_json(call) for call in data["calls"]]
         modules = [str(module) for module in data["modules"]]
+        sources = [str(source) for source in data["sources"]]
+        storage_bytes = tuple(int(size) for size in data["storage_bytes"])
         nodes: list[Node] = []
-        for name, call, inputs, phase, module in data["nodes"]:
-            if any(not 0 <= source < len(nodes) for source in inputs):
+        for name, call, inputs, phase, module, source, storage in data["nodes"]:
+            if any(not 0 <= before < len(nodes) for before in inputs):
                 raise ValueError(f"node {name!r} has an input that does not stand before it")
-            nodes.append(Node(str(name), calls[call], tuple(inputs), Phase(phase), modules[module]))
+            if storage is not None and not 0 <= storage < len(storage_bytes):
+                raise ValueError(f"node {name!r} lies in storage {storage}, which there is none of")
+            nodes.append(
+                Node(str(name), calls[call], tuple(inputs), Phase(phase), modules[module], sources[source], storage)
+            )
         gradients: dict[str, int | None] = dict(data["gradients"])
-        loss = data["loss"]
-        for index in (*gradients.values(), loss):
+        loss, always = data["loss"], tuple(data["always"])
+        for index in (*gradients.values(), *always, loss):
             if index is not None and not 0 <= index < len(nodes):
                 raise ValueError(f"there is no node {index}")
-        return cls(str(data["model"]), tuple(nodes), gradients, loss)
+        return cls(str(data["model"]), tuple(nodes), gradients, loss, always, storage_bytes)
 
 
 def _call_to_json(call: Call) -> list[Any]:

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from gtflops.capture.tracing import Loss
 
 FORMAT = "gtflops-profile"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+_STEP = (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)  # phases in which operators run
+_AFTER_FORWARD = (Phase.BACKWARD, Phase.RECOMPUTE)
 
 Ops: TypeAlias = Literal["all", "matmul"]
 
@@ -117,7 +120,7 @@ class Profile:
         cache: dict[int, Flops | FlopsByOutput | None] = {}  # equal calls of a graph are one object
         where: dict[str, Counter[str]] = {}
         for index, node in enumerate(graph.nodes):
-            if node.phase not in (Phase.FORWARD, Phase.BACKWARD):
+            if node.phase not in _STEP:
                 continue
             if node.call.op == GETITEM:
                 (position,) = node.call.args
@@ -234,16 +237,17 @@ class Profile:
         """
         if ops not in ("all", "matmul"):
             raise InputError(f"ops is {ops!r}, expected 'all' or 'matmul'")
-        forward, backward = self._forward, self._closure.cost(self.mask(trainable))
+        matmul, other, matmul_again, other_again = self._closure.cost(self.mask(trainable)) + self._segments.always
+        forward_matmul, forward_other = self._forward
         if ops == "matmul":
-            return StepFlops(int(forward[0]), int(backward[0]), 0)
-        return StepFlops(int(forward[0] + forward[1]), int(backward[0] + backward[1]), 0)
+            return StepFlops(int(forward_matmul), int(matmul), int(matmul_again))
+        return StepFlops(int(forward_matmul + forward_other), int(matmul + other), int(matmul_again + other_again))
 
     @cached_property
     def alone_flops(self) -> npt.NDArray[np.int64]:
         """FLOPs of a step in which only one tensor is trained, for each, aligned with ``tensors``."""
         backward: npt.NDArray[np.int64] = self._closure.costs(np.eye(len(self.names), dtype=np.bool_)).sum(axis=1)
-        alone = self.forward_flops + backward
+        alone = self.step_flops("none").total + backward
         alone.flags.writeable = False
         return alone
 
@@ -384,51 +388,71 @@ def _digest(content: Mapping[str, Any]) -> str:
 class _Segments:
     """Backward operators merged by the set of tensors that need them.
 
-    ``needed_by[s]`` has bit k set where tensor k (in backward order) needs segment s; ``costs`` is int64
-    [2, segments]; segments stand in an order in which each depends on earlier ones only.
+    ``needed_by[s]`` has bit k set where tensor k (in backward order) needs segment s. ``costs`` is int64
+    [4, segments]: backward matrix products and the rest, then the same of what is recomputed; ``always``, int64 [4], is
+    the cost of what runs whatever is trained, which is in no segment. Segments stand in an order in which each
+    depends on earlier ones only.
     """
 
     needed_by: tuple[int, ...]
     dependencies: tuple[tuple[int, ...], ...]
     gradient_of: tuple[tuple[int, ...], ...]
     costs: npt.NDArray[np.int64]
+    always: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, profile: Profile) -> "_Segments":
-        """Time and memory O(nodes x tensors / 64): the sets are integers, one bit a tensor."""
-        nodes = profile.graph.nodes
+        """Time and memory O(nodes x tensors / 64): the sets are integers, one bit a tensor and one for ``always``."""
+        graph = profile.graph
+        nodes = graph.nodes
+        every_time = 1 << len(profile.names)
         needed_by = [0] * len(nodes)
         for position, name in enumerate(profile.names):
-            gradient = profile.graph.gradients[name]
+            gradient = graph.gradients[name]
             if gradient is not None:
                 needed_by[gradient] |= 1 << position
+        for index in graph.always:
+            needed_by[index] |= every_time
         for index in range(len(nodes) - 1, -1, -1):
-            if needed_by[index] and nodes[index].phase is Phase.BACKWARD:
+            if needed_by[index] and nodes[index].phase in _AFTER_FORWARD:
                 for source in nodes[index].inputs:
                     needed_by[source] |= needed_by[index]
-        backward = [index for index, node in enumerate(nodes) if node.phase is Phase.BACKWARD and needed_by[index]]
+        runs = [
+            index
+            for index, node in enumerate(nodes)
+            if node.phase in _AFTER_FORWARD and 0 < needed_by[index] < every_time
+        ]
         # What a node depends on is needed by whoever needs the node, and by more where the sets differ: larger
         # sets first is an order in which dependencies stand before.
-        sets = sorted({needed_by[index] for index in backward}, key=lambda tensors: (-tensors.bit_count(), tensors))
+        sets = sorted({needed_by[index] for index in runs}, key=lambda tensors: (-tensors.bit_count(), tensors))
         segment_of = {tensors: segment for segment, tensors in enumerate(sets)}
         dependencies: list[set[int]] = [set() for _ in sets]
-        costs = np.zeros((2, len(sets)), dtype=np.int64)
-        for index in backward:
+        costs = np.zeros((4, len(sets)), dtype=np.int64)
+        for index in runs:
             segment = segment_of[needed_by[index]]
-            costs[:, segment] += profile.prices[:, index]
+            row = 0 if nodes[index].phase is Phase.BACKWARD else 2
+            costs[row : row + 2, segment] += profile.prices[:, index]
             dependencies[segment].update(
-                segment_of[needed_by[source]] for source in nodes[index].inputs if nodes[source].phase is Phase.BACKWARD
+                segment_of[needed_by[source]]
+                for source in nodes[index].inputs
+                if nodes[source].phase in _AFTER_FORWARD and needed_by[source] < every_time
             )
             dependencies[segment].discard(segment)
-        gradients = (profile.graph.gradients[name] for name in profile.names)
+        always = np.array([needed >= every_time for needed in needed_by], dtype=np.bool_)
+        always_costs = [
+            profile.prices[:, always & np.array([node.phase is phase for node in nodes])].sum(axis=1)
+            for phase in _AFTER_FORWARD
+        ]
+        gradients = (graph.gradients[name] for name in profile.names)
         return cls(
             needed_by=tuple(sets),
             dependencies=tuple(tuple(sorted(sources)) for sources in dependencies),
             gradient_of=tuple(
-                () if node is None or nodes[node].phase is not Phase.BACKWARD else (segment_of[needed_by[node]],)
+                (segment_of[needed_by[node]],) if node is not None and needed_by[node] in segment_of else ()
                 for node in gradients
             ),
             costs=costs,
+            always=np.concatenate(always_costs),
         )
 
     def closure_costs(self) -> _core.ClosureCosts:

@@ -112,7 +112,7 @@ def select(
     limit = budget_in_flops(profile, budget, budget_flops)
     values = _values(profile, importance)
     _require_feasible(profile, values, limit)
-    solution = knapsack(profile.t_dw, profile.t_dy, values, max(0, limit - profile.forward_flops))
+    solution = knapsack(profile.t_dw, profile.t_dy, values, max(0, limit - profile.step_flops("none").total))
     mask, value, upper_bound, optimal = solution.mask, solution.value, solution.upper_bound, solution.optimal
     if not mask.any():
         best = int(np.where(profile.alone_flops <= limit, values, 0).argmax())
@@ -172,11 +172,13 @@ def _require_feasible(profile: Profile, values: npt.NDArray[np.float64], limit: 
     if limit >= smallest:
         return
     full = profile.full_flops
-    share, floor = limit / full, profile.forward_flops / full
+    floor = profile.step_flops("none")
+    share = limit / full
     least = -(-10_000 * smallest // full) / 10_000  # rounded up
     reason = (
-        f"is below the forward pass alone ({floor:.4f} of a full step)"
-        if limit < profile.forward_flops
+        f"is below {'what runs whatever is trained' if floor.backward else 'the forward pass alone'} "
+        f"({floor.total / full:.4f} of a full step)"
+        if limit < floor.total
         else "leaves too little for any tensor of positive importance"
     )
     raise InfeasibleBudgetError(

@@ -48,9 +48,18 @@ class PricedOperators(OperatorMode):
 
 
 def executed_operators(model: torch.nn.Module, batch: Any, loss: Any = None) -> Counter[Any]:
+    """The operators of a real step; of a forward pass alone where nothing requires a gradient."""
     with PricedOperators() as operators:
-        loss_of(call_model(model, batch), batch, loss).backward()
+        value = raw_loss(model, batch, loss)
+        if value.requires_grad:
+            value.backward()
     return operators.seen
+
+
+def raw_loss(model: torch.nn.Module, batch: Any, loss: Any = None) -> torch.Tensor:
+    """The loss, whether or not it requires a gradient."""
+    outputs = call_model(model, batch)
+    return outputs.loss if loss is None else loss(outputs, batch)
 
 
 def predicted_operators(profile: Profile, names: Collection[str]) -> Counter[Any]:
@@ -58,9 +67,10 @@ def predicted_operators(profile: Profile, names: Collection[str]) -> Counter[Any
     nodes = profile.graph.nodes
     needed = {index for index, node in enumerate(nodes) if node.phase is Phase.FORWARD}
     stack = [index for name in names if (index := profile.graph.gradients[name]) is not None]
+    stack += profile.graph.always
     while stack:
         index = stack.pop()
-        if index not in needed and nodes[index].phase is Phase.BACKWARD:
+        if index not in needed and nodes[index].phase in (Phase.BACKWARD, Phase.RECOMPUTE):
             needed.add(index)
             stack.extend(nodes[index].inputs)
     cost_of: dict[int, Flops] = {}

@@ -80,6 +80,10 @@ class OperatorMode(TorchDispatchMode):
     def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         raise NotImplementedError
 
+    def run(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operator itself."""
+        return func(*args, **kwargs)
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -95,7 +99,7 @@ class OperatorMode(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        result = func(*args, **kwargs)
+        result = self.run(func, args, kwargs)
         self.observe(func, args, kwargs, result)
         return result
 

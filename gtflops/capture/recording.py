@@ -2,9 +2,12 @@
 
 import operator
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from types import CodeType
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -12,9 +15,16 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 
 from gtflops.capture.dispatch import OperatorMode, describe_call, outputs_of, tensor_type
-from gtflops.errors import UnsupportedModelError
+from gtflops.capture.values import KnownValues
 from gtflops.graph import GETITEM, Phase
 from gtflops.operators import Call
+
+
+class Origin(NamedTuple):
+    """Where an operator comes from: the path of a module, and a line of code."""
+
+    module: str
+    source: str
 
 
 class Recorder(OperatorMode):
@@ -29,47 +39,54 @@ class Recorder(OperatorMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = torch.fx.Graph()
         self.phase = Phase.FORWARD
-        self.custom_functions: set[str] = set()
+        self.values = KnownValues()
+        self.has_saved_tensor_hooks = False
+        self.storage_bytes: list[int] = []
         self._nodes: dict[int, torch.fx.Node] = {}
         self._kept: list[Any] = []
+        self._storages: dict[int, int] = {}
         self._last_write: dict[int, torch.fx.Node] = {}
         self._module_stack: list[str] = []
-        self._module_of_sequence: dict[int, str] = {}
+        self._origin_of_sequence: dict[int, Origin] = {}
+        self._recomputed: list[torch.fx.Node | None] = []  # the last node of each recomputation that is running
+        self._rehearsed: list[Call] | None = None
 
-    def add_input(self, name: str, tensor: torch.Tensor, phase: Phase, module: str) -> torch.fx.Node:
+    def add_input(self, name: str, tensor: torch.Tensor, phase: Phase, origin: Origin) -> torch.fx.Node:
         """A tensor that was there before the step."""
         node = self.graph.placeholder(f"{phase}_" + re.sub(r"\W", "_", name))
         call = Call(str(phase), (), (), (tensor_type(tensor),))
-        node.meta.update(name=name, call=call, phase=phase, module=module, after=())
+        self._describe(node, call, phase, origin)
+        node.meta["name"] = name
         self._keep(tensor, node)
         return node
 
     def node_of(self, tensor: torch.Tensor) -> torch.fx.Node:
         """The node that made ``tensor``; a tensor never seen before is a constant of the model's code."""
         node = self._nodes.get(id(tensor))
-        return self.add_input("constant", tensor, Phase.CONSTANT, self._module()) if node is None else node
+        return self.add_input("constant", tensor, Phase.CONSTANT, self.origin()) if node is None else node
+
+    def run(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.values.run(func, args, kwargs)
 
     def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if result is None and not func._schema.is_mutable:
             return
-        if torch._C._current_autograd_node() is not None and torch.is_grad_enabled():
-            raise UnsupportedModelError(
-                "the backward pass runs operators with gradients enabled (activation checkpointing, or a gradient of a "
-                "gradient), which gtflops does not price yet; profile the model without, for example after "
-                "model.gradient_checkpointing_disable()"
-            )
+        call = describe_call(func, args, kwargs, result)
+        if self._rehearsed is not None:
+            self._rehearsed.append(call)
+            return
         read: list[torch.Tensor] = []
         node_args = self._nodes_for(args, read)
         node_kwargs = {name: self._nodes_for(value, read) for name, value in kwargs.items()}
-        writes = [self._last_write.get(_storage(tensor)) for tensor in read]
+        after = dict.fromkeys(write for tensor in read if (write := self._last_write.get(_storage(tensor))) is not None)
         node = self.graph.call_function(func, node_args, node_kwargs)
-        module = self._module()
-        node.meta.update(
-            call=describe_call(func, args, kwargs, result),
-            phase=self.phase,
-            module=module,
-            after=tuple(dict.fromkeys(write for write in writes if write is not None)),
-        )
+        phase, origin = self.phase, self.origin()
+        if self._recomputed:
+            phase = Phase.RECOMPUTE
+            if (before := self._recomputed[-1]) is not None:
+                after[before] = None
+            self._recomputed[-1] = node
+        self._describe(node, call, phase, origin, tuple(after))
         for written in _written(func, args, kwargs):
             self._last_write[_storage(written)] = node
         if isinstance(result, torch.Tensor):
@@ -78,9 +95,15 @@ class Recorder(OperatorMode):
         for position, output in enumerate(outputs_of(result)):
             if isinstance(output, torch.Tensor):
                 part = self.graph.call_function(operator.getitem, (node, position))
-                call = Call(GETITEM, (position,), (), (tensor_type(output),))
-                part.meta.update(call=call, phase=self.phase, module=module, after=())
+                self._describe(part, Call(GETITEM, (position,), (), (tensor_type(output),)), phase, origin)
                 self._keep(output, part)
+
+    def _describe(
+        self, node: torch.fx.Node, call: Call, phase: Phase, origin: Origin, after: tuple[torch.fx.Node, ...] = ()
+    ) -> None:
+        node.meta.update(
+            call=call, phase=phase, module=origin.module, source=origin.source, after=after, storage=None
+        )
 
     def _nodes_for(self, value: Any, read: list[torch.Tensor]) -> Any:
         """An operator's argument with nodes for tensors; the tensors are added to ``read``."""
@@ -94,18 +117,29 @@ class Recorder(OperatorMode):
     def _keep(self, tensor: torch.Tensor, node: torch.fx.Node) -> None:
         self._nodes[id(tensor)] = node
         self._kept.append(tensor)
+        storage = _storage(tensor)
+        if storage is None:
+            return
+        index = self._storages.get(storage)
+        if index is None:
+            index = self._storages[storage] = len(self.storage_bytes)
+            self.storage_bytes.append(int(tensor.untyped_storage().nbytes()))
+        node.meta["storage"] = index
 
-    def _module(self) -> str:
-        """The module that runs now. A backward operator belongs to the module whose forward made its autograd node,
-        found by the sequence number which autograd gives to each."""
+    # --- where operators come from ------------------------------------------------------------------------------
+
+    def origin(self) -> Origin:
+        """What runs now. A backward operator comes from where its autograd node was made in the forward pass, found
+        by the sequence number which autograd gives to each."""
         autograd_node = torch._C._current_autograd_node()
-        if autograd_node is not None:
-            if isinstance(autograd_node, torch.autograd.function.BackwardCFunction):
-                self.custom_functions.add(autograd_node.name().removesuffix("Backward"))
-            return self._module_of_sequence.get(autograd_node._sequence_nr(), "")
-        module = self._module_stack[-1] if self._module_stack else ""
-        self._module_of_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, module)
-        return module
+        if autograd_node is not None and not self._recomputed:
+            origin = self._origin_of_sequence.get(autograd_node._sequence_nr(), Origin("", ""))
+            if self.phase is Phase.BACKWARD:
+                return origin
+        else:
+            origin = Origin(self._module_stack[-1] if self._module_stack else "", calling_line())
+        self._origin_of_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, origin)
+        return origin
 
     @contextmanager
     def modules_of(self, model: torch.nn.Module) -> Iterator[None]:
@@ -127,9 +161,43 @@ class Recorder(OperatorMode):
             for handle in handles:
                 handle.remove()
 
+    # --- parts of the backward pass that do not run operator by operator ----------------------------------------
 
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    @contextmanager
+    def recomputation(self) -> Iterator[None]:
+        """Operators inside run the forward pass once more, in order: each depends on the one before."""
+        self._recomputed.append(None)
+        try:
+            yield
+        finally:
+            self._recomputed.pop()
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[list[Call]]:
+        """Operators inside are only listed, not recorded."""
+        self._rehearsed = calls = []
+        try:
+            yield calls
+        finally:
+            self._rehearsed = None
+
+    def nodes_since(self, last: torch.fx.Node) -> list[torch.fx.Node]:
+        """The nodes recorded after ``last``."""
+        nodes: list[torch.fx.Node] = []
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            nodes.append(node)
+        return nodes[::-1]
+
+    @property
+    def last_node(self) -> torch.fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    """The identity of the memory that a tensor lies in; sparse tensors have none of their own."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
 
 
 def _written(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
@@ -140,3 +208,57 @@ def _written(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+# --- lines of code ----------------------------------------------------------------------------------------------
+
+_TORCH = str(Path(torch.__file__).parent)
+_LAYERS = str(Path(torch.nn.modules.__file__).parent)
+_HERE = str(Path(__file__).parent)
+_PLUMBING = ("module.py", "container.py")
+
+
+class _Code(NamedTuple):
+    """What a line of some code is to a reader: the model's own, a layer of torch's, the start of the step, or none."""
+
+    path: str
+    is_models: bool
+    is_layer: bool
+    is_start: bool
+
+
+_codes: dict[CodeType, _Code] = {}
+
+
+def _code(code: CodeType) -> _Code:
+    known = _codes.get(code)
+    if known is None:
+        folder, _, file = code.co_filename.rpartition("/")
+        inside = code.co_filename.startswith((_TORCH, _HERE)) or code.co_filename.startswith("<")
+        roots = [root for root in sys.path if root and code.co_filename.startswith(root + "/")]
+        path = code.co_filename[len(max(roots, key=len)) + 1 :] if roots else code.co_filename
+        is_start = folder == _HERE and file == "tracing.py"
+        known = _Code(path, not inside, folder == _LAYERS and file not in _PLUMBING, is_start)
+        _codes[code] = known
+    return known
+
+
+def is_models_or_layers(code: CodeType) -> bool:
+    """Whether some code is a model's own or a layer's of torch, not the machinery around them."""
+    known = _code(code)
+    return known.is_models or known.is_layer
+
+
+def calling_line() -> str:
+    """The line of the model's code that runs now, ``file:line``; of torch's layer where the model is made of them."""
+    frame, layer = sys._getframe(1), ""
+    while frame is not None:
+        code = _code(frame.f_code)
+        if code.is_models:
+            return f"{code.path}:{frame.f_lineno}"
+        if code.is_start:
+            break
+        if code.is_layer:
+            layer = f"{code.path}:{frame.f_lineno}"  # the outermost says most
+        frame = frame.f_back  # type: ignore[assignment]
+    return layer

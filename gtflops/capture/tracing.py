@@ -8,7 +8,7 @@ of the user's model is touched: fake ones stand in for its parameters and buffer
 import gc
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.utils.checkpoint
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -24,12 +25,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.nn.utils import stateless
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from gtflops.capture.checkpoints import recorded_checkpoints
+from gtflops.capture.custom_functions import record_whole
 from gtflops.capture.dispatch import tensor_type
-from gtflops.capture.recording import Recorder
+from gtflops.capture.recording import Origin, Recorder
+from gtflops.capture.requires_grad import RequiresGradMode
 from gtflops.capture.unchanged import unchanged
+from gtflops.capture.values import ValuesLost
 from gtflops.errors import InputError, UnsupportedModelError
 from gtflops.graph import Graph, Node, Phase
 from gtflops.operators import Call, TensorType
@@ -42,15 +46,18 @@ Loss = Callable[[Any, Any], torch.Tensor]
 class Trace:
     """A captured step as torch.fx holds it.
 
-    Every node's ``meta`` has ``call`` (:class:`gtflops.operators.Call`), ``phase``, ``module`` and ``after``: the
-    nodes whose in-place writes it depends on besides its arguments. ``gradients`` maps parameter names to nodes;
-    ``notes`` say where the closure of a selection may not be what autograd executes.
+    Every node's ``meta`` has ``call`` (:class:`gtflops.operators.Call`), ``phase``, ``module``, ``source``, ``storage``
+    and ``after``: the nodes that it depends on besides its arguments. ``gradients`` maps parameter names to nodes,
+    ``always`` are the gradients of other tensors; ``notes`` say where the closure of a selection may not be what
+    autograd executes.
     """
 
     model: str
     graph: torch.fx.Graph
     gradients: Mapping[str, torch.fx.Node | None]
+    always: tuple[torch.fx.Node, ...]
     loss: torch.fx.Node
+    storage_bytes: tuple[int, ...]
     notes: tuple[str, ...]
 
     def to_graph(self) -> Graph:
@@ -64,11 +71,14 @@ class Trace:
                 inputs=tuple(sorted({index[source] for source in (*node.all_input_nodes, *node.meta["after"])})),
                 phase=node.meta["phase"],
                 module=node.meta["module"],
+                source=node.meta["source"],
+                storage=node.meta["storage"],
             )
             for node in self.graph.nodes
         )
         gradients = {name: None if node is None else index[node] for name, node in self.gradients.items()}
-        return Graph(self.model, nodes, gradients, index[self.loss])
+        always = tuple(index[node] for node in self.always)
+        return Graph(self.model, nodes, gradients, index[self.loss], always, self.storage_bytes)
 
 
 def call_model(model: torch.nn.Module, batch: Any) -> Any:
@@ -106,29 +116,32 @@ def loss_of(outputs: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
 def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace:
     """Record one training step of ``model`` on ``batch`` with every floating-point parameter trainable.
 
-    Parameters may be real, fake or meta tensors; the batch is anything that :func:`call_model` takes. Nothing is
-    computed and the model, the batch and the random states are left as they were (caches outside of the model that
-    its code fills, such as an ``lru_cache`` of tensors, are not). Raises InputError for a model without parameters, a
-    batch that the model refuses or a loss that cannot be trained on, and UnsupportedModelError where the model's
-    control flow depends on data, with the line, or its backward cannot be priced.
+    Parameters may be real, fake or meta tensors; the batch is anything that :func:`call_model` takes. Of a real batch,
+    integers and booleans keep their values; nothing else is computed. The model, the batch and the random states are
+    left as they were (caches outside of the model that its code fills, such as an ``lru_cache`` of tensors, are not).
+    Raises InputError for a model without parameters, a batch that the model refuses or a loss that cannot be trained
+    on, and UnsupportedModelError where the model's control flow depends on data, with the line, or its backward cannot
+    be priced.
     """
     lazy = [name for name, tensor in model.named_parameters() if torch.nn.parameter.is_lazy(tensor)]
     if lazy:
         raise InputError(f"the tensor {lazy[0]!r} has no shape yet; expected a model that has seen one batch")
-    parameters = dict(model.named_parameters())
-    buffers = dict(model.named_buffers())
-    if not any(tensor.is_floating_point() for tensor in parameters.values()):
+    if not any(tensor.is_floating_point() for tensor in model.parameters()):
         raise InputError(
             f"{type(model).__name__} has no floating-point parameters, so there is nothing to train; "
             "expected a model with at least one"
         )
-    for name, tensor in _batch_tensors(batch):
-        if tensor.requires_grad:
-            raise InputError(
-                f"the batch's tensor {name!r} requires a gradient, which a step would compute besides those of the "
-                "parameters; expected a batch without: detach it"
-            )
+    try:
+        return _trace(model, batch, loss, with_values=True)
+    except ValuesLost:
+        return _trace(model, batch, loss, with_values=False)
+
+
+def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values: bool) -> Trace:
+    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
     fake_mode = detect_fake_mode(list(parameters.values())) or FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = Recorder()
     with ExitStack() as stack:
         stack.enter_context(_no_garbage_collection())
         stack.enter_context(unchanged(model))
@@ -137,33 +150,40 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
         fake = {name: _fake_parameter(fake_mode, tensor) for name, tensor in parameters.items()}
         fake_buffers = {name: _fake(fake_mode, tensor) for name, tensor in buffers.items()}
         without_data = all(tensor.is_meta for tensor in parameters.values())  # then the batch needs none either
-        fake_batch = pytree.tree_map_only(
-            torch.Tensor,
-            lambda tensor: _fake(fake_mode, tensor.to("meta") if without_data else tensor),
-            _plain(batch),
-        )
-        recorder = Recorder()
+        with_values = with_values and fake_mode.allow_non_fake_inputs and not without_data
+
+        def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+            if with_values and _has_values(tensor):
+                copied = tensor.clone()
+                recorder.values.add(copied)
+                return copied
+            return _fake(fake_mode, tensor.to("meta") if without_data else tensor).requires_grad_(tensor.requires_grad)
+
+        own_batch = pytree.tree_map_only(torch.Tensor, stand_in, _plain(batch))
         for name, tensor in fake.items():
-            recorder.add_input(name, tensor, Phase.PARAMETER, name.rpartition(".")[0])
+            recorder.add_input(name, tensor, Phase.PARAMETER, Origin(name.rpartition(".")[0], ""))
         for name, tensor in fake_buffers.items():
-            recorder.add_input(name, tensor, Phase.BUFFER, name.rpartition(".")[0])
-        for name, tensor in _batch_tensors(fake_batch):
-            recorder.add_input(name, tensor, Phase.BATCH, "")
+            recorder.add_input(name, tensor, Phase.BUFFER, Origin(name.rpartition(".")[0], ""))
+        for name, tensor in _batch_tensors(own_batch):
+            recorder.add_input(name, tensor, Phase.BATCH, Origin("", ""))
         stack.enter_context(fake_mode)
         stack.enter_context(_without_log(logging.getLogger("torch._subclasses.fake_tensor")))
         stack.enter_context(stateless._reparametrize_module(model, {**fake, **fake_buffers}, tie_weights=True))
         stack.enter_context(recorder.modules_of(model))
-        known = {id(tensor) for tensor in fake.values()}
-        stack.enter_context(_NoInputGradients(known))
+        stack.enter_context(recorded_checkpoints(recorder))
+        requires_grad = stack.enter_context(RequiresGradMode({id(tensor) for tensor in fake.values()}))
         stack.enter_context(recorder)
         try:
-            value = loss_of(call_model(model, fake_batch), fake_batch, loss)
-            if any(id(leaf) not in known for leaf in _leaves(value)):
-                raise _input_gradient()
-            recorder.phase = Phase.BACKWARD
+            value = loss_of(call_model(model, own_batch), own_batch, loss)
+            autograd_nodes = list(_autograd_nodes(value))
+            _refuse_reentrant_checkpoints(autograd_nodes)
+            uncertain = record_whole(autograd_nodes, recorder)
             trainable = {name: tensor for name, tensor in fake.items() if tensor.requires_grad}
-            gradients = torch.autograd.grad(value, list(trainable.values()), allow_unused=True)
-        except (InputError, UnsupportedModelError):
+            others = _other_leaves(autograd_nodes, fake.values()) | requires_grad.made
+            recorder.phase = Phase.BACKWARD
+            wanted = [*trainable.values(), *others.values()]
+            gradients = torch.autograd.grad(value, wanted, allow_unused=True)
+        except (InputError, UnsupportedModelError, ValuesLost):
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedModelError(
@@ -180,71 +200,61 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
                 f"{type(model).__name__} refused the batch {_describe(batch)}: {type(error).__name__}: {error}, "
                 f"at {_user_line(error)}; expected a mapping of the forward's arguments, a tuple, or a tensor"
             ) from error
+        nodes = [None if gradient is None else recorder.node_of(gradient) for gradient in gradients]
         return Trace(
             model=type(model).__name__,
             graph=recorder.graph,
-            gradients={
-                name: None if gradient is None else recorder.node_of(gradient)
-                for name, gradient in zip(trainable, gradients, strict=True)
-            },
+            gradients=dict(zip(trainable, nodes, strict=False)),
+            always=tuple(node for node in nodes[len(trainable) :] if node is not None),
             loss=recorder.node_of(value),
-            notes=_notes(model, parameters, fake_batch, recorder),
+            storage_bytes=tuple(recorder.storage_bytes),
+            notes=_notes(parameters, uncertain, requires_grad, recorder),
         )
 
 
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a batch is of the kind that models ask questions: masks, labels, token numbers."""
+    return (
+        not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or isinstance(tensor, FakeTensor))
+        and tensor.layout is torch.strided
+    )
+
+
 def _notes(
-    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], batch: Any, recorder: Recorder
+    parameters: Mapping[str, torch.Tensor],
+    uncertain: Sequence[str],
+    requires_grad: RequiresGradMode,
+    recorder: Recorder,
 ) -> tuple[str, ...]:
     """Where the closure of a selection may not be what autograd executes."""
     notes = [
-        f"the backward of the custom autograd.Function {name} is taken to compute only the gradients that are asked "
-        "for; if it computes all of its inputs', a step that trains some of them costs more"
-        for name in sorted(recorder.custom_functions)
+        f"the backward of the custom autograd.Function {name} computes neither all gradients nor just those that are "
+        "asked for; it is taken to compute all"
+        for name in uncertain
     ]
+    if requires_grad.made:
+        notes.append(
+            "the code makes tensors require gradients that are no parameters (enable_input_require_grads does): the "
+            "backward pass runs down to them whatever is trained"
+        )
+    if requires_grad.asked:
+        notes.append(
+            f"the code asks whether tensors require gradients, at {', '.join(requires_grad.asked)}: the operators are "
+            "those of everything trained; a selection may take another branch there, such as a fast path"
+        )
+    if recorder.values.asked:
+        notes.append("the code asks for values of the batch: the operators are those of the batch that was given")
     hooked = [name for name, tensor in parameters.items() if tensor._backward_hooks]
     if hooked:
         notes.append(f"hooks on gradients are not run in a trace, nor priced: {len(hooked)} tensors, first {hooked[0]}")
     complex_tensors = [name for name, tensor in parameters.items() if tensor.is_complex()]
     if complex_tensors:
         notes.append(f"complex tensors are taken as frozen: {len(complex_tensors)}, first {complex_tensors[0]}")
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if attention == "sdpa" and isinstance(batch, Mapping) and "attention_mask" in batch:
-        notes.append(
-            "the attention mask is taken to hold padding: where it holds none, transformers leaves it out under sdpa, "
-            "which changes the operators around attention (not its matrix products)"
-        )
     return tuple(notes)
 
 
-class _NoInputGradients(TorchFunctionMode):
-    """Refuses code that makes an activation require a gradient: its backward would run for every selection."""
-
-    def __init__(self, parameters: set[int]) -> None:
-        super().__init__()
-        self._parameters = parameters
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.requires_grad_:
-            asked = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-        else:
-            asked = func is torch.Tensor.requires_grad.__set__ and args[1]  # type: ignore[attr-defined]
-        if asked and id(args[0]) not in self._parameters:
-            raise _input_gradient()
-        return func(*args, **kwargs)
-
-
-def _input_gradient() -> UnsupportedModelError:
-    return UnsupportedModelError(
-        "the step uses a tensor that requires a gradient and is no parameter of the model, or one that is kept outside "
-        "of its modules, or it makes an activation require one (enable_input_require_grads does): the backward pass "
-        "runs down to it whatever is trained, which gtflops does not price yet; make it a parameter of the model, or "
-        "profile without, for example after model.disable_input_require_grads()"
-    )
-
-
-def _leaves(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a backward pass from ``value`` would give gradients to."""
+def _autograd_nodes(value: torch.Tensor) -> Iterator[Any]:
+    """The autograd graph of ``value``."""
     seen: set[Any] = set()
     stack: list[Any] = [value.grad_fn]
     while stack:
@@ -252,9 +262,24 @@ def _leaves(value: torch.Tensor) -> Iterator[torch.Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
+        yield node
         stack.extend(source for source, _ in node.next_functions)
+
+
+def _other_leaves(autograd_nodes: Iterable[Any], parameters: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The tensors that a backward pass gives gradients to although they are no parameters of the model."""
+    known = {id(tensor) for tensor in parameters}
+    leaves = (node.variable for node in autograd_nodes if hasattr(node, "variable"))
+    return {id(leaf): leaf for leaf in leaves if id(leaf) not in known}
+
+
+def _refuse_reentrant_checkpoints(autograd_nodes: Iterable[Any]) -> None:
+    if any(getattr(node, "_forward_cls", None) is torch.utils.checkpoint.CheckpointFunction for node in autograd_nodes):
+        raise UnsupportedModelError(
+            "the model uses reentrant activation checkpointing, whose backward pass is no graph that could be recorded; "
+            "expected the non-reentrant form: torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
+            'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+        )
 
 
 def _fake(fake_mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,93 @@
+"""What the backward of a custom ``autograd.Function`` runs: all of it, or what its ``needs_input_grad`` asks for."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.autograd.function import BackwardCFunction
+
+from gtflops.capture.recording import Recorder
+from gtflops.graph import GETITEM
+
+
+def record_whole(autograd_nodes: Iterable[Any], recorder: Recorder) -> list[str]:
+    """Makes each gradient of a custom Function depend on every operator that its backward runs to compute it.
+
+    PyTorch calls such a backward once, whichever gradients are asked for. Most compute all; those that read
+    ``ctx.needs_input_grad`` may not, so the backward is rehearsed for each input alone. Returns a list which names,
+    after the backward pass, the Functions of which neither holds.
+    """
+    uncertain: list[str] = []
+    for node in autograd_nodes:
+        if isinstance(node, BackwardCFunction):
+            node.apply = _Backward(node, recorder, uncertain)  # type: ignore[method-assign]
+    return uncertain
+
+
+class _Backward:
+    """Stands in for ``apply`` of one autograd node, once."""
+
+    def __init__(self, node: BackwardCFunction, recorder: Recorder, uncertain: list[str]) -> None:
+        self._node, self._recorder, self._uncertain = node, recorder, uncertain
+
+    def __call__(self, *gradients: Any) -> Any:
+        node, recorder = self._node, self._recorder
+        del node.apply  # a cycle otherwise
+        alone = self._rehearse(gradients)
+        last = recorder.last_node
+        outputs = node.apply(*gradients)
+        group = recorder.nodes_since(last)
+        if isinstance(outputs, torch.Tensor):
+            return self._dependent(outputs, 0, group, alone)
+        if not isinstance(outputs, tuple):
+            return outputs
+        return tuple(
+            self._dependent(output, position, group, alone) if isinstance(output, torch.Tensor) else output
+            for position, output in enumerate(outputs)
+        )
+
+    def _rehearse(self, gradients: tuple[Any, ...]) -> dict[int, Counter[Any]]:
+        """The operators that run for one input alone, for each; empty where that cannot be found out."""
+        needed = self._node.needs_input_grad
+        asked = [position for position, need in enumerate(needed) if need]
+        if len(asked) < 2 or self._recorder.has_saved_tensor_hooks:  # those give each saved tensor only once
+            return {}
+        alone: dict[int, Counter[Any]] = {}
+        try:
+            for position in asked:
+                self._node.needs_input_grad = tuple(other == position for other in range(len(needed)))
+                with self._recorder.rehearsal() as calls:
+                    self._node.apply(*gradients)
+                alone[position] = Counter(calls)
+        except Exception:  # whatever a Function does that is asked an unusual question; it is then taken whole
+            return {}
+        finally:
+            self._node.needs_input_grad = needed
+        return alone
+
+    def _dependent(
+        self, output: torch.Tensor, position: int, group: list[torch.fx.Node], alone: dict[int, Counter[Any]]
+    ) -> torch.Tensor:
+        """``output`` under a new identity, made after all that runs when this gradient is asked for."""
+        recorder = self._recorder
+        if position in alone and alone[position] != _calls(group):
+            members, stack, ancestors = set(group), [recorder.node_of(output)], set()
+            while stack:
+                node = stack.pop()
+                if node in members and node not in ancestors:
+                    ancestors.add(node)
+                    stack.extend((*node.all_input_nodes, *node.meta["after"]))
+            if alone[position] == _calls(ancestors):
+                return output
+            name = self._node.name().removesuffix("Backward")
+            if name not in self._uncertain:
+                self._uncertain.append(name)
+        alias = output.detach()
+        node = recorder.node_of(alias)
+        node.meta["after"] = tuple(dict.fromkeys((*node.meta["after"], *group)))
+        return alias
+
+
+def _calls(nodes: Iterable[torch.fx.Node]) -> Counter[Any]:
+    return Counter(node.meta["call"] for node in nodes if node.meta["call"].op != GETITEM)

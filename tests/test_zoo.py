@@ -1,0 +1,35 @@
+"""The promise on models of every kind: for any selection, the operators predicted are those that PyTorch executes."""
+
+import copy
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import gtflops
+from real_steps import executed_operators, predicted_operators, train_only
+from zoo import ZOO, Case
+
+
+def selections(names: tuple[str, ...], number: int) -> list[list[str]]:
+    """None, all, first, last, one, and ``number`` random subsets of every size."""
+    draw = random.Random(11)
+    fixed = [[], list(names), [names[0]], [names[-1]], [draw.choice(names)]]
+    return fixed + [draw.sample(names, draw.randint(1, len(names))) for _ in range(number)]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_operators_equal_the_executed_ones(name: str) -> None:
+    case = ZOO[name]()
+    profile = gtflops.profile(case.model, case.batch, case.loss)
+    assert profile.unsupported == ()
+    trainable = tuple(tensor.name for tensor in profile.tensors if tensor.has_gradient)
+    for names in selections(trainable, 10):
+        train_only(case.model, names)
+        executed = executed_operators(case.model, case.batch, case.loss)
+        predicted = predicted_operators(profile, names)
+        assert executed == predicted, (names, executed - predicted, predicted - executed)
+        step = profile.step_flops(names)
+        assert step.total == sum(sum(cost) * count for (_, _, cost), count in executed.items())
