@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gtflops import _core
+from gtflops.closure import AFTER_FORWARD, Segments, needed_by, saved_bytes
 from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
 from gtflops.files import write_whole
 from gtflops.graph import GETITEM, Graph, Phase
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 FORMAT = "gtflops-profile"
 FORMAT_VERSION = 2
 
-_STEP = (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)  # phases in which operators run
-_AFTER_FORWARD = (Phase.BACKWARD, Phase.RECOMPUTE)
+_STEP = (Phase.FORWARD, *AFTER_FORWARD)  # phases in which operators run
 
 Ops: TypeAlias = Literal["all", "matmul"]
 
@@ -193,9 +193,9 @@ class Profile:
         cost = segments.costs.sum(axis=0)
         t_dw = np.zeros(len(self.names), dtype=np.int64)
         t_dy = np.zeros(len(self.names), dtype=np.int64)
-        for segment, needed_by in enumerate(segments.needed_by):
-            nearest = (needed_by & -needed_by).bit_length() - 1
-            if needed_by == 1 << nearest:
+        for segment, tensors in enumerate(segments.needed_by):
+            nearest = (tensors & -tensors).bit_length() - 1
+            if tensors == 1 << nearest:
                 t_dw[nearest] += cost[segment]
             else:
                 t_dy[nearest] += cost[segment]
@@ -220,8 +220,12 @@ class Profile:
         return np.asarray(self.prices[:, forward].sum(axis=1))
 
     @cached_property
-    def _segments(self) -> "_Segments":
-        return _Segments.of(self)
+    def _needed_by(self) -> list[int]:
+        return needed_by(self.graph, self.names)
+
+    @cached_property
+    def _segments(self) -> Segments:
+        return Segments.of(self.graph, self.names, self._needed_by, self.prices)
 
     @cached_property
     def _closure(self) -> _core.ClosureCosts:
@@ -235,8 +239,7 @@ class Profile:
         ``unsupported``). Time is linear in the number of distinct stretches of the backward pass: some
         ten microseconds. InputError for a name that the profile does not have or a mask of the wrong length.
         """
-        if ops not in ("all", "matmul"):
-            raise InputError(f"ops is {ops!r}, expected 'all' or 'matmul'")
+        _checked(ops)
         matmul, other, matmul_again, other_again = self._closure.cost(self.mask(trainable)) + self._segments.always
         forward_matmul, forward_other = self._forward
         if ops == "matmul":
@@ -250,6 +253,50 @@ class Profile:
         alone = self.step_flops("none").total + backward
         alone.flags.writeable = False
         return alone
+
+    def activation_bytes(self, trainable: Trainable) -> int:
+        """Bytes that autograd keeps from the forward pass for the backward, when exactly ``trainable`` trains.
+
+        Each piece of memory counts once, whatever views of it are kept; parameters, buffers and the batch, which are
+        there anyway, do not count. Time linear in the number of kept tensors.
+        """
+        selected = self._bits(self.mask(trainable)) | 1 << len(self.names)
+        return sum(size for needed, size in self._saved_bytes.items() if needed & selected)
+
+    @cached_property
+    def _saved_bytes(self) -> dict[int, int]:
+        return saved_bytes(self.graph, self._needed_by)
+
+    def by_operator(self, trainable: Trainable = "all", ops: Ops = "all") -> dict[str, StepFlops]:
+        """FLOPs of a step by operator, such as ``aten.mm.default``, the most expensive first."""
+        nodes = self.graph.nodes
+        # An operator priced by output carries its price on the nodes that pick its outputs.
+        names = ((nodes[node.inputs[0]] if node.call.op == GETITEM else node).call.op for node in nodes)
+        return self._totals(((name,) for name in names), trainable, ops)
+
+    def by_module(self, trainable: Trainable = "all", ops: Ops = "all") -> dict[str, StepFlops]:
+        """FLOPs of a step by path of module, each with all of its submodules; ``""`` is the whole model.
+
+        The most expensive come first. The loss, where it is computed outside of the model, is in ``""`` only.
+        """
+        paths: dict[str, tuple[str, ...]] = {}
+        for node in self.graph.nodes:
+            if node.module not in paths:
+                parts = node.module.split(".") if node.module else []
+                paths[node.module] = tuple(".".join(parts[:end]) for end in range(len(parts) + 1))
+        return self._totals((paths[node.module] for node in self.graph.nodes), trainable, ops)
+
+    def _totals(self, keys: Iterable[tuple[str, ...]], trainable: Trainable, ops: Ops) -> dict[str, StepFlops]:
+        """FLOPs of what a selection executes, summed for each of the keys that a node has."""
+        prices = (self.prices[0] if _checked(ops) == "matmul" else self.prices.sum(axis=0)).tolist()
+        selected = self._bits(self.mask(trainable)) | 1 << len(self.names)
+        totals: dict[str, list[int]] = {}
+        for node, own_keys, flops, needed in zip(self.graph.nodes, keys, prices, self._needed_by, strict=True):
+            if node.phase is Phase.FORWARD or (node.phase in AFTER_FORWARD and needed & selected):
+                for key in own_keys:
+                    totals.setdefault(key, [0, 0, 0])[_STEP.index(node.phase)] += flops
+        steps = {key: StepFlops(*flops) for key, flops in totals.items()}
+        return dict(sorted(steps.items(), key=lambda item: -item[1].total))
 
     def require_prices(self) -> None:
         """UnsupportedOperatorError, which names them, where operators of the step have no price."""
@@ -305,6 +352,11 @@ class Profile:
                 )
             mask[position] = True
         return mask
+
+    @staticmethod
+    def _bits(mask: npt.NDArray[np.bool_]) -> int:
+        """A mask as an integer, bit k for tensor k."""
+        return int.from_bytes(np.packbits(mask, bitorder="little").tobytes(), "little")
 
     @cached_property
     def _position(self) -> dict[str, int]:
@@ -380,89 +432,14 @@ class Profile:
         write(Path(path), self)
 
 
+def _checked(ops: Ops) -> Ops:
+    if ops not in ("all", "matmul"):
+        raise InputError(f"ops is {ops!r}, expected 'all' or 'matmul'")
+    return ops
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Segments:
-    """Backward operators merged by the set of tensors that need them.
-
-    ``needed_by[s]`` has bit k set where tensor k (in backward order) needs segment s. ``costs`` is int64
-    [4, segments]: backward matrix products and the rest, then the same of what is recomputed; ``always``, int64 [4], is
-    the cost of what runs whatever is trained, which is in no segment. Segments stand in an order in which each
-    depends on earlier ones only.
-    """
-
-    needed_by: tuple[int, ...]
-    dependencies: tuple[tuple[int, ...], ...]
-    gradient_of: tuple[tuple[int, ...], ...]
-    costs: npt.NDArray[np.int64]
-    always: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, profile: Profile) -> "_Segments":
-        """Time and memory O(nodes x tensors / 64): the sets are integers, one bit a tensor and one for ``always``."""
-        graph = profile.graph
-        nodes = graph.nodes
-        every_time = 1 << len(profile.names)
-        needed_by = [0] * len(nodes)
-        for position, name in enumerate(profile.names):
-            gradient = graph.gradients[name]
-            if gradient is not None:
-                needed_by[gradient] |= 1 << position
-        for index in graph.always:
-            needed_by[index] |= every_time
-        for index in range(len(nodes) - 1, -1, -1):
-            if needed_by[index] and nodes[index].phase in _AFTER_FORWARD:
-                for source in nodes[index].inputs:
-                    needed_by[source] |= needed_by[index]
-        runs = [
-            index
-            for index, node in enumerate(nodes)
-            if node.phase in _AFTER_FORWARD and 0 < needed_by[index] < every_time
-        ]
-        # What a node depends on is needed by whoever needs the node, and by more where the sets differ: larger
-        # sets first is an order in which dependencies stand before.
-        sets = sorted({needed_by[index] for index in runs}, key=lambda tensors: (-tensors.bit_count(), tensors))
-        segment_of = {tensors: segment for segment, tensors in enumerate(sets)}
-        dependencies: list[set[int]] = [set() for _ in sets]
-        costs = np.zeros((4, len(sets)), dtype=np.int64)
-        for index in runs:
-            segment = segment_of[needed_by[index]]
-            row = 0 if nodes[index].phase is Phase.BACKWARD else 2
-            costs[row : row + 2, segment] += profile.prices[:, index]
-            dependencies[segment].update(
-                segment_of[needed_by[source]]
-                for source in nodes[index].inputs
-                if nodes[source].phase in _AFTER_FORWARD and needed_by[source] < every_time
-            )
-            dependencies[segment].discard(segment)
-        always = np.array([needed >= every_time for needed in needed_by], dtype=np.bool_)
-        always_costs = [
-            profile.prices[:, always & np.array([node.phase is phase for node in nodes])].sum(axis=1)
-            for phase in _AFTER_FORWARD
-        ]
-        gradients = (graph.gradients[name] for name in profile.names)
-        return cls(
-            needed_by=tuple(sets),
-            dependencies=tuple(tuple(sorted(sources)) for sources in dependencies),
-            gradient_of=tuple(
-                (segment_of[needed_by[node]],) if node is not None and needed_by[node] in segment_of else ()
-                for node in gradients
-            ),
-            costs=costs,
-            always=np.concatenate(always_costs),
-        )
-
-    def closure_costs(self) -> _core.ClosureCosts:
-        return _core.ClosureCosts(*_csr(self.dependencies), *_csr(self.gradient_of), self.costs)
-
-
-def _csr(lists: tuple[tuple[int, ...], ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Offsets and concatenation of integer lists."""
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    return offsets, np.array([item for items in lists for item in items], dtype=np.int64)
 
 
 def profile(

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtflops import Profile
@@ -49,6 +50,9 @@ class PricedOperators(OperatorMode):
 
 def executed_operators(model: torch.nn.Module, batch: Any, loss: Any = None) -> Counter[Any]:
     """The operators of a real step; of a forward pass alone where nothing requires a gradient."""
+    for tensor in pytree.tree_leaves(batch):
+        if isinstance(tensor, torch.Tensor):
+            tensor.grad = None
     with PricedOperators() as operators:
         value = raw_loss(model, batch, loss)
         if value.requires_grad:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import random
 import socket
 from collections import deque, namedtuple
@@ -16,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gtflops
 from gtflops.graph import Phase
+from real_steps import executed_operators, predicted_operators, train_only
 from small_models import build, padded_batch
+from zoo import ZOO
 
 Output = namedtuple("Output", "loss")
 
@@ -256,17 +259,25 @@ def test_data_dependent_control_flow_names_the_line(model: type[torch.nn.Linear]
     assert f"{__file__}:{number}: {code}" in str(raised.value)
 
 
-def test_input_gradients_are_refused() -> None:
+def test_input_gradients_run_whatever_is_trained() -> None:
     """enable_input_require_grads makes the backward run down to the embedding, whatever is trained."""
     model, batch = build("llama"), padded_batch()
+    without = gtflops.profile(model, batch)
     model.enable_input_require_grads()
-    with pytest.raises(gtflops.UnsupportedModelError, match="disable_input_require_grads"):
-        gtflops.profile(model, batch)
-    model.disable_input_require_grads()
-    assert gtflops.profile(model, batch).full_flops
+    profile = gtflops.profile(model, batch)
+    assert any("enable_input_require_grads" in note for note in profile.notes)
+    activations = without.step_flops(["model.embed_tokens.weight"], ops="matmul").backward
+    assert profile.step_flops("none", ops="matmul").backward == activations
+    assert profile.full_flops == without.full_flops
+    head = profile.names[0]
+    assert profile.step_flops([head]).total > without.step_flops([head]).total
+    with pytest.raises(gtflops.InfeasibleBudgetError, match="below what runs whatever is trained"):
+        gtflops.select(profile, dict.fromkeys(profile.names, 1.0), budget=0.4)
+    selection = gtflops.select(profile, dict.fromkeys(profile.names, 1.0), budget=0.8)
+    assert selection.flops <= 0.8 * profile.full_flops
 
 
-def test_leaves_that_are_no_parameters_are_refused() -> None:
+def test_leaves_that_are_no_parameters() -> None:
     """A soft prompt kept as a plain tensor, or a tensor made to require a gradient in the forward."""
 
     class Prompted(torch.nn.Linear):
@@ -282,16 +293,39 @@ def test_leaves_that_are_no_parameters_are_refused() -> None:
             return super().forward(x + torch.zeros(4, requires_grad=True))
 
     for model in (Prompted(), Made(4, 4)):
-        with pytest.raises(gtflops.UnsupportedModelError, match="requires a gradient and is no parameter of the model"):
-            gtflops.profile(model, torch.ones(2, 4), squared)
+        profile = gtflops.profile(model, torch.ones(2, 4), squared)
+        for names in ([], ["bias"], ["weight", "bias"]):
+            train_only(model, names)
+            if isinstance(model, Prompted):
+                model.prompt.grad = None
+            assert predicted_operators(profile, names) == executed_operators(model, torch.ones(2, 4), squared)
+        assert profile.step_flops("none", ops="matmul").backward == 2 * 2 * 4 * 4
 
 
 def test_what_the_trace_cannot_know_is_noted() -> None:
     model = build("llama", "sdpa")
     model.lm_head.weight.register_hook(lambda gradient: gradient * 2)
     notes = " ".join(gtflops.profile(model, padded_batch()).notes)
-    assert "attention mask is taken to hold padding" in notes
+    assert "asks for values of the batch" in notes
     assert "first lm_head.weight" in notes
+
+
+def test_a_fast_path_is_noted() -> None:
+    """In evaluation TransformerEncoderLayer runs as one operator where nothing in it requires a gradient."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
+    notes = " ".join(gtflops.profile(layer, torch.ones(2, 3, 8), squared).notes)
+    assert "set_fastpath_enabled" in notes
+    notes = " ".join(gtflops.profile(layer.train(), torch.ones(2, 3, 8), squared).notes)
+    assert "set_fastpath_enabled" not in notes
+
+
+def test_code_that_asks_requires_grad_is_noted() -> None:
+    class Asking(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.sin() if self.weight.requires_grad else x)
+
+    (note,) = gtflops.profile(Asking(4, 4), torch.ones(2, 4), squared).notes
+    assert f"{__file__}:" in note
 
 
 def test_lazy_and_inference_tensors() -> None:
@@ -303,7 +337,7 @@ def test_lazy_and_inference_tensors() -> None:
     assert gtflops.profile(model, torch.ones(2, 4), squared).full_flops == expected.full_flops
 
 
-def test_a_custom_function_is_noted() -> None:
+def test_a_custom_function_that_is_neither_whole_nor_as_asked_is_noted() -> None:
     class Product(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -313,32 +347,113 @@ def test_a_custom_function_is_noted() -> None:
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             x, weight = ctx.saved_tensors
+            if ctx.needs_input_grad == (True, False):
+                gradient = gradient * 2.0
             return gradient @ weight.T, x.T @ gradient
 
     class Custom(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return Product.apply(x, self.weight) + self.bias
+            return Product.apply(x.sin() * self.bias, self.weight)
 
     profile = gtflops.profile(Custom(4, 4), torch.ones(2, 4), squared)
-    assert ["Product" in note for note in profile.notes] == [True]
+    assert ["Function Product computes neither" in note for note in profile.notes] == [True]
     assert gtflops.profile(torch.nn.Linear(4, 4), torch.ones(2, 4), squared).notes == ()
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_is_refused(use_reentrant: bool) -> None:
-    """What is recomputed depends on the selection in ways that the graph does not hold yet: no silent guess."""
+def test_a_folded_product_is_noted() -> None:
+    """Torch multiplies by a frozen matrix as a batch of products where it is one product if trained."""
+    model = torch.nn.Linear(4, 4, bias=False)
+    x = torch.ones(2, 3, 4).transpose(0, 1)
+    profile = gtflops.profile(model, x, squared)
+    assert ["one product (mm)" in note for note in profile.notes] == [True]
+    assert gtflops.profile(model, x.contiguous(), squared).notes == ()
 
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
     class Checkpointed(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.utils.checkpoint.checkpoint(super().forward, super().forward(x), use_reentrant=use_reentrant)
+            inside = lambda y: super(Checkpointed, self).forward(y).relu()  # noqa: E731
+            return torch.utils.checkpoint.checkpoint(inside, super().forward(x), use_reentrant=use_reentrant)
 
-    with pytest.raises(gtflops.UnsupportedModelError, match="checkpoint"):
-        gtflops.profile(Checkpointed(4, 4), torch.ones(2, 4), squared)
+    model, x = Checkpointed(4, 4), torch.ones(2, 4)
+    if use_reentrant:
+        with pytest.raises(gtflops.UnsupportedModelError, match="use_reentrant=False"):
+            gtflops.profile(model, x, squared)
+        return
+    step = gtflops.profile(model, x, squared).step_flops("all")
+    product, bias, relu = 2 * 2 * 4 * 4, 2 * 4, 2 * 4
+    assert step.recompute == product + bias + relu  # relu saves its result, so the region runs to its end
+    assert step.total == step.forward + step.backward + step.recompute
 
 
-def test_a_batch_that_requires_a_gradient() -> None:
-    with pytest.raises(gtflops.InputError, match="tensor '0' requires a gradient"):
-        gtflops.profile(torch.nn.Linear(4, 4), (torch.ones(2, 4, requires_grad=True),), squared)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89])
+def test_a_trace_that_fails_anywhere_changes_nothing(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator of this number fails; in the forward, the backward, or the recomputation."""
+    from gtflops.capture.recording import Recorder
+
+    case = ZOO["llama-sdpa-checkpointed"]()
+    model, batch = case.model, case.batch
+    before = copy.deepcopy(model.state_dict())
+    attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    flags = [tensor.requires_grad for tensor in model.parameters()]
+    states = torch.get_rng_state(), random.getstate(), torch.is_grad_enabled(), gc.isenabled()
+    enter = torch.autograd.graph.saved_tensors_hooks.__enter__
+    observed = itertools.count()
+    observe = Recorder.observe
+
+    def failing(self: Any, *args: Any) -> None:
+        if next(observed) == 10 * count:
+            raise RuntimeError("chosen to fail")
+        observe(self, *args)
+
+    monkeypatch.setattr(Recorder, "observe", failing)
+    with pytest.raises(gtflops.GtflopsError, match="chosen to fail"):
+        gtflops.profile(model, batch)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert attributes == {name: dict(module.__dict__) for name, module in model.named_modules()}
+    assert flags == [tensor.requires_grad for tensor in model.parameters()]
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (random.getstate(), torch.is_grad_enabled(), gc.isenabled())
+    assert torch.autograd.graph.saved_tensors_hooks.__enter__ is enter
+    assert torch.overrides._get_current_function_mode() is None
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    monkeypatch.undo()
+    assert gtflops.profile(model, batch).full_flops
+
+
+def test_values_of_the_batch_decide_branches() -> None:
+    """As in a real step: whether there is padding, where the last token is, what a mask selects."""
+
+    class Branching(torch.nn.Embedding):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            found = super().forward(tokens)
+            if (tokens == 0).any():
+                found = found.masked_fill((tokens == 0)[..., None], 0.0).sin()
+            return found[torch.arange(len(tokens)), (tokens != 0).sum(dim=1) - 1][: int(tokens.max())]
+
+    model = Branching(9, 4)
+    for tokens in (torch.tensor([[1, 2, 0], [3, 0, 0]]), torch.tensor([[1, 1, 1], [1, 1, 1]])):
+        profile = gtflops.profile(model, tokens, squared)
+        train_only(model, ["weight"])
+        assert predicted_operators(profile, ["weight"]) == executed_operators(model, tokens, squared)
+        assert any("asks for values of the batch" in note for note in profile.notes)
+
+
+def test_values_that_are_overwritten_are_forgotten() -> None:
+    """A tensor with values that is written into from one without cannot keep them: the trace falls back on shapes."""
+
+    class Writing(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            mask = mask.clone()
+            mask.copy_(x.sum(dim=1) > 0)
+            return super().forward(x)[torch.where(mask, 0, 1)]
+
+    model, batch = Writing(4, 4), (torch.ones(2, 4), torch.tensor([True, False]))
+    profile = gtflops.profile(model, batch, squared)
+    train_only(model, ["weight"])
+    assert predicted_operators(profile, ["weight"]) == executed_operators(model, batch, squared)
+    assert batch[1].tolist() == [True, False]
 
 
 def test_unknown_model_names_suggest_known_ones() -> None:

@@ -1,16 +1,14 @@
 """The promise on models of every kind: for any selection, the operators predicted are those that PyTorch executes."""
 
-import copy
 import random
 from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 
 import gtflops
 from real_steps import executed_operators, predicted_operators, train_only
-from zoo import ZOO, Case
+from zoo import ZOO
 
 
 def selections(names: tuple[str, ...], number: int) -> list[list[str]]:
@@ -18,6 +16,15 @@ def selections(names: tuple[str, ...], number: int) -> list[list[str]]:
     draw = random.Random(11)
     fixed = [[], list(names), [names[0]], [names[-1]], [draw.choice(names)]]
     return fixed + [draw.sample(names, draw.randint(1, len(names))) for _ in range(number)]
+
+
+def without_folding(operators: Counter[Any]) -> Counter[Any]:
+    """Products by one matrix and the batches of products which they may be instead, by their price alone."""
+    alike: Counter[Any] = Counter()
+    for (op, shapes, cost), count in operators.items():
+        product = op in ("aten.mm.default", "aten.bmm.default")
+        alike["product" if product else op, () if product else shapes, cost] += count
+    return alike
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -30,6 +37,8 @@ def test_operators_equal_the_executed_ones(name: str) -> None:
         train_only(case.model, names)
         executed = executed_operators(case.model, case.batch, case.loss)
         predicted = predicted_operators(profile, names)
+        if any("one product (mm)" in note for note in profile.notes):
+            executed, predicted = without_folding(executed), without_folding(predicted)
         assert executed == predicted, (names, executed - predicted, predicted - executed)
         step = profile.step_flops(names)
         assert step.total == sum(sum(cost) * count for (_, _, cost), count in executed.items())

@@ -71,12 +71,14 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: hf.Gemma2Config(**GEMMA),
     "gemma3": lambda: hf.Gemma3TextConfig(**GEMMA),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**SMALL, max_position_embeddings=64),
-    "falcon": lambda: hf.FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "falcon": lambda: hf.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    ),
     "phi": lambda: hf.PhiConfig(**SMALL),
     "mixtral": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4, experts_implementation="batched_mm"),
     "mamba": lambda: hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
-WITHOUT_SDPA = ("bloom", "mamba", "deberta-v2")
+WITHOUT_SDPA = ("bloom", "mamba", "deberta-v2", "gemma2")
 
 
 def decoder(family: str, attention: str, padded: bool = True) -> Case:
@@ -165,7 +167,9 @@ ENCODERS: dict[str, Callable[[], Any]] = {
     "deberta-v2": lambda: hf.DebertaV2Config(
         **SMALL, max_position_embeddings=64, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8
     ),
-    "albert": lambda: hf.AlbertConfig(**SMALL, embedding_size=16, max_position_embeddings=64),  # layers share parameters
+    "albert": lambda: hf.AlbertConfig(
+        **SMALL, embedding_size=16, max_position_embeddings=64
+    ),  # layers share parameters
 }
 for _family in ENCODERS:
     for _attention in ("eager", "sdpa"):
@@ -286,9 +290,7 @@ class Checkpointed(nn.Module):
 
 
 case("checkpointed-blocks")(lambda: Case(Checkpointed(), torch.randn(3, 6), sum_of_squares))
-case("checkpointed-without-early-stop")(
-    lambda: Case(Checkpointed(early_stop=False), torch.randn(3, 6), sum_of_squares)
-)
+case("checkpointed-without-early-stop")(lambda: Case(Checkpointed(early_stop=False), torch.randn(3, 6), sum_of_squares))
 
 
 @case("llama-checkpointed-with-input-gradients")
@@ -386,26 +388,50 @@ for _name, _modules, _shape in (
     ("dilated", lambda: [nn.Conv2d(4, 6, 3, dilation=2), nn.Conv2d(6, 2, 2, bias=False)], (2, 4, 9, 9)),
     ("1d", lambda: [nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 2, 2)], (2, 4, 9)),
     ("3d", lambda: [nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3), nn.Conv3d(3, 2, 2)], (2, 2, 4, 4, 4)),
-    ("pools", lambda: [nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2), nn.AvgPool2d(2), nn.Flatten(),
-                       nn.Linear(16, 2)], (2, 3, 12, 12)),
+    (
+        "pools",
+        lambda: [
+            nn.Conv2d(3, 4, 3),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 2),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 2),
+        ],
+        (2, 3, 12, 12),
+    ),
     ("adaptive", lambda: [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)], (2, 3, 8, 8)),
-    ("groupnorm", lambda: [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(inplace=True), nn.Conv2d(4, 2, 2)],
-     (2, 3, 8, 8)),
-    ("instancenorm", lambda: [nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Conv2d(4, 2, 2)],
-     (2, 3, 8, 8)),
+    (
+        "groupnorm",
+        lambda: [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(inplace=True), nn.Conv2d(4, 2, 2)],
+        (2, 3, 8, 8),
+    ),
+    ("instancenorm", lambda: [nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Conv2d(4, 2, 2)], (2, 3, 8, 8)),
     ("upsample", lambda: [nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2), nn.Conv2d(4, 2, 2)], (2, 3, 6, 6)),
 ):
-    case(f"convolution-{_name}")(
-        lambda m=_modules, s=_shape: Case(layers(*m()), torch.randn(*s), sum_of_squares)
-    )
+    case(f"convolution-{_name}")(lambda m=_modules, s=_shape: Case(layers(*m()), torch.randn(*s), sum_of_squares))
 case("rmsnorm")(
-    lambda: Case(layers(nn.Linear(6, 8), nn.RMSNorm(8), nn.GELU("tanh"), nn.Linear(8, 3)), torch.randn(4, 6), sum_of_squares)
+    lambda: Case(
+        layers(nn.Linear(6, 8), nn.RMSNorm(8), nn.GELU("tanh"), nn.Linear(8, 3)), torch.randn(4, 6), sum_of_squares
+    )
 )
 case("activations")(
     lambda: Case(
         layers(
-            nn.Linear(4, 4), nn.ELU(), nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, 4), nn.Mish(), nn.Linear(4, 4),
-            nn.Hardswish(), nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 4), nn.LogSigmoid(), nn.Linear(4, 4), nn.GLU(),
+            nn.Linear(4, 4),
+            nn.ELU(),
+            nn.Linear(4, 4),
+            nn.Softplus(),
+            nn.Linear(4, 4),
+            nn.Mish(),
+            nn.Linear(4, 4),
+            nn.Hardswish(),
+            nn.Linear(4, 4),
+            nn.PReLU(4),
+            nn.Linear(4, 4),
+            nn.LogSigmoid(),
+            nn.Linear(4, 4),
+            nn.GLU(),
         ),
         torch.randn(5, 4),
         sum_of_squares,
@@ -566,12 +592,12 @@ case("custom-functions-checkpointed")(
 case("reuse-and-several-losses")(lambda: Case(Reuse(), torch.randint(0, 9, (3, 5)), three_losses))
 case("gradient-penalty")(lambda: Case(Penalty(), torch.randn(3, 4), lambda outputs, batch: outputs))
 case("batch-that-requires-gradients")(
-    lambda: Case(layers(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(3, 4, requires_grad=True), sum_of_squares)
+    lambda: Case(
+        layers(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(3, 4, requires_grad=True), sum_of_squares
+    )
 )
 case("batch-as-dict")(
-    lambda: Case(
-        nn.Bilinear(3, 4, 2), {"input1": torch.randn(5, 3), "input2": torch.randn(5, 4)}, sum_of_squares
-    )
+    lambda: Case(nn.Bilinear(3, 4, 2), {"input1": torch.randn(5, 3), "input2": torch.randn(5, 4)}, sum_of_squares)
 )
 case("weight-norm")(
     lambda: Case(
@@ -580,9 +606,7 @@ case("weight-norm")(
         sum_of_squares,
     )
 )
-case("spectral-transform")(
-    lambda: Case(Fourier(), torch.randn(3, 8, 4), sum_of_squares)
-)
+case("spectral-transform")(lambda: Case(Fourier(), torch.randn(3, 8, 4), sum_of_squares))
 
 
 class Fourier(nn.Module):
@@ -613,7 +637,10 @@ class Selected(nn.Module):
 case("positions-by-mask")(
     lambda: Case(
         Selected(),
-        {"tokens": torch.randint(0, 20, (3, 4)), "labels": torch.tensor([[1, 2, -100, 3], [4, -100, -100, 5], [6] * 4])},
+        {
+            "tokens": torch.randint(0, 20, (3, 4)),
+            "labels": torch.tensor([[1, 2, -100, 3], [4, -100, -100, 5], [6] * 4]),
+        },
         lambda outputs, batch: outputs,
     )
 )

@@ -1,7 +1,7 @@
 """Activation checkpointing: seeing where the backward pass runs a part of the forward pass once more."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,33 +15,35 @@ from gtflops.graph import Phase
 def recorded_checkpoints(recorder: Recorder) -> Iterator[None]:
     """Tells ``recorder`` of recomputations inside.
 
-    Non-reentrant checkpointing recomputes, when the first tensor that it saved is asked for, up to the last one that
-    it had saved, which depends on what is trained. So each saved tensor is given an identity of its own at the place
-    where it is saved: what reads it then depends on all that was recomputed until there.
+    Non-reentrant checkpointing recomputes a region when the first tensor that it saved is asked for, and stops at the
+    last one that it had saved, which depends on what is trained. So each saved tensor is given an identity of its own
+    at the place where it is saved: what reads it then depends on all that was recomputed until there.
     """
     enter, leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
-    recomputations: dict[int, ExitStack] = {}
+    saved: dict[int, list[torch.Tensor]] = {}
 
     def enter_recorded(hooks: Any) -> Any:
         recorder.has_saved_tensor_hooks = True
         if recorder.phase is not Phase.BACKWARD:
             return enter(hooks)
-        recomputation = recomputations[id(hooks)] = ExitStack()
-        recomputation.enter_context(recorder.recomputation())
-        torch._C._autograd._push_saved_tensors_default_hooks(
-            lambda tensor: hooks.pack_hook(tensor.detach()), hooks.unpack_hook
-        )
+        recorder.begin_recomputation()
+        identities = saved[id(hooks)] = []
+
+        def pack(tensor: torch.Tensor) -> Any:
+            identities.append(tensor.detach())
+            return hooks.pack_hook(identities[-1])
+
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, hooks.unpack_hook)
         return None
 
-    def leave_recorded(hooks: Any, *error: Any) -> Any:
-        try:
-            return leave(hooks, *error)
-        finally:
-            if (recomputation := recomputations.pop(id(hooks), None)) is not None:
-                recomputation.close()
+    def leave_recorded(hooks: Any, kind: Any = None, error: Any = None, traceback: Any = None) -> Any:
+        if (identities := saved.pop(id(hooks), None)) is not None:
+            # One that was not stopped on the way (early_stop=False) runs to its end, whatever is asked for.
+            recorder.end_recomputation([] if error is not None else identities)
+        return leave(hooks, kind, error, traceback)
 
     saved_tensors_hooks.__enter__ = enter_recorded  # type: ignore[method-assign]
-    saved_tensors_hooks.__exit__ = leave_recorded  # type: ignore[method-assign]
+    saved_tensors_hooks.__exit__ = leave_recorded  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -56,7 +56,10 @@ class _Backward:
         alone: dict[int, Counter[Any]] = {}
         try:
             for position in asked:
-                self._node.needs_input_grad = tuple(other == position for other in range(len(needed)))
+                # Any length, not the one that torch's annotation says.
+                self._node.needs_input_grad = tuple(  # type: ignore[assignment]
+                    other == position for other in range(len(needed))
+                )
                 with self._recorder.rehearsal() as calls:
                     self._node.apply(*gradients)
                 alone[position] = Counter(calls)
@@ -80,7 +83,7 @@ class _Backward:
                     stack.extend((*node.all_input_nodes, *node.meta["after"]))
             if alone[position] == _calls(ancestors):
                 return output
-            name = self._node.name().removesuffix("Backward")
+            name = type(self._node).__name__.removesuffix("Backward")
             if name not in self._uncertain:
                 self._uncertain.append(name)
         alias = output.detach()

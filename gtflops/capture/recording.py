@@ -3,7 +3,7 @@
 import operator
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
@@ -78,7 +78,8 @@ class Recorder(OperatorMode):
         read: list[torch.Tensor] = []
         node_args = self._nodes_for(args, read)
         node_kwargs = {name: self._nodes_for(value, read) for name, value in kwargs.items()}
-        after = dict.fromkeys(write for tensor in read if (write := self._last_write.get(_storage(tensor))) is not None)
+        writes = (self._last_write.get(_storage(tensor) or id(tensor)) for tensor in read)
+        after = dict.fromkeys(write for write in writes if write is not None)
         node = self.graph.call_function(func, node_args, node_kwargs)
         phase, origin = self.phase, self.origin()
         if self._recomputed:
@@ -88,7 +89,7 @@ class Recorder(OperatorMode):
             self._recomputed[-1] = node
         self._describe(node, call, phase, origin, tuple(after))
         for written in _written(func, args, kwargs):
-            self._last_write[_storage(written)] = node
+            self._last_write[_storage(written) or id(written)] = node
         if isinstance(result, torch.Tensor):
             self._keep(result, node)
             return
@@ -101,9 +102,7 @@ class Recorder(OperatorMode):
     def _describe(
         self, node: torch.fx.Node, call: Call, phase: Phase, origin: Origin, after: tuple[torch.fx.Node, ...] = ()
     ) -> None:
-        node.meta.update(
-            call=call, phase=phase, module=origin.module, source=origin.source, after=after, storage=None
-        )
+        node.meta.update(call=call, phase=phase, module=origin.module, source=origin.source, after=after, storage=None)
 
     def _nodes_for(self, value: Any, read: list[torch.Tensor]) -> Any:
         """An operator's argument with nodes for tensors; the tensors are added to ``read``."""
@@ -138,7 +137,8 @@ class Recorder(OperatorMode):
                 return origin
         else:
             origin = Origin(self._module_stack[-1] if self._module_stack else "", calling_line())
-        self._origin_of_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, origin)
+        sequence_number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self._origin_of_sequence.setdefault(sequence_number - 1, origin)
         return origin
 
     @contextmanager
@@ -163,19 +163,25 @@ class Recorder(OperatorMode):
 
     # --- parts of the backward pass that do not run operator by operator ----------------------------------------
 
-    @contextmanager
-    def recomputation(self) -> Iterator[None]:
-        """Operators inside run the forward pass once more, in order: each depends on the one before."""
+    def begin_recomputation(self) -> None:
+        """Operators run the forward pass once more from here on, in order: each depends on the one before."""
         self._recomputed.append(None)
-        try:
-            yield
-        finally:
-            self._recomputed.pop()
+
+    def end_recomputation(self, whole: Sequence[torch.Tensor]) -> None:
+        """What reads a tensor of ``whole`` depends on all that was recomputed."""
+        for tensor in whole:
+            node = self.graph.call_function(torch.ops.aten.detach.default, (self.node_of(tensor),))
+            call = Call("aten.detach.default", (tensor_type(tensor),), (), (tensor_type(tensor),))
+            last = self._recomputed[-1]
+            self._describe(node, call, Phase.RECOMPUTE, self.origin(), () if last is None else (last,))
+            self._keep(tensor, node)
+        self._recomputed.pop()
 
     @contextmanager
     def rehearsal(self) -> Iterator[list[Call]]:
         """Operators inside are only listed, not recorded."""
-        self._rehearsed = calls = []
+        calls: list[Call] = []
+        self._rehearsed = calls
         try:
             yield calls
         finally:
@@ -192,7 +198,8 @@ class Recorder(OperatorMode):
 
     @property
     def last_node(self) -> torch.fx.Node:
-        return next(iter(reversed(self.graph.nodes)))
+        node: torch.fx.Node = next(iter(reversed(self.graph.nodes)))
+        return node
 
 
 def _storage(tensor: torch.Tensor) -> int | None:

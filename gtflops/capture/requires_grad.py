@@ -9,6 +9,10 @@ from torch.overrides import TorchFunctionMode
 
 from gtflops.capture.recording import is_models_or_layers
 
+# Made anew at every access: equal, not identical.
+_READ = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_WRITE = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
 
 class RequiresGradMode(TorchFunctionMode):
     """Watches code that makes tensors require gradients, and code that asks whether they do.
@@ -27,13 +31,13 @@ class RequiresGradMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         wanted = False
-        if func is torch.Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+        if func == _READ:
             frame = sys._getframe(1)
             if is_models_or_layers(frame.f_code):
                 self.asked[f"{frame.f_code.co_filename}:{frame.f_lineno}"] = None
         elif func is torch.Tensor.requires_grad_:
             wanted = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-        elif func is torch.Tensor.requires_grad.__set__:  # type: ignore[attr-defined]
+        elif func == _WRITE:
             wanted = args[1]
         if wanted and id(args[0]) not in self._parameters:
             self.made[id(args[0])] = args[0]

@@ -33,7 +33,7 @@ from gtflops.capture.dispatch import tensor_type
 from gtflops.capture.recording import Origin, Recorder
 from gtflops.capture.requires_grad import RequiresGradMode
 from gtflops.capture.unchanged import unchanged
-from gtflops.capture.values import ValuesLost
+from gtflops.capture.values import ValuesLostError
 from gtflops.errors import InputError, UnsupportedModelError
 from gtflops.graph import Graph, Node, Phase
 from gtflops.operators import Call, TensorType
@@ -133,7 +133,7 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
         )
     try:
         return _trace(model, batch, loss, with_values=True)
-    except ValuesLost:
+    except ValuesLostError:
         return _trace(model, batch, loss, with_values=False)
 
 
@@ -150,10 +150,10 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
         fake = {name: _fake_parameter(fake_mode, tensor) for name, tensor in parameters.items()}
         fake_buffers = {name: _fake(fake_mode, tensor) for name, tensor in buffers.items()}
         without_data = all(tensor.is_meta for tensor in parameters.values())  # then the batch needs none either
-        with_values = with_values and fake_mode.allow_non_fake_inputs and not without_data
+        recorder.values.follow = with_values and fake_mode.allow_non_fake_inputs and not without_data
 
         def stand_in(tensor: torch.Tensor) -> torch.Tensor:
-            if with_values and _has_values(tensor):
+            if recorder.values.follow and _has_values(tensor):
                 copied = tensor.clone()
                 recorder.values.add(copied)
                 return copied
@@ -183,7 +183,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             recorder.phase = Phase.BACKWARD
             wanted = [*trainable.values(), *others.values()]
             gradients = torch.autograd.grad(value, wanted, allow_unused=True)
-        except (InputError, UnsupportedModelError, ValuesLost):
+        except (InputError, UnsupportedModelError, ValuesLostError):
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedModelError(
@@ -208,8 +208,11 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             always=tuple(node for node in nodes[len(trainable) :] if node is not None),
             loss=recorder.node_of(value),
             storage_bytes=tuple(recorder.storage_bytes),
-            notes=_notes(parameters, uncertain, requires_grad, recorder),
+            notes=_notes(model, parameters, uncertain, requires_grad, recorder),
         )
+
+
+_WITH_FAST_PATH = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention)
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
@@ -221,6 +224,7 @@ def _has_values(tensor: torch.Tensor) -> bool:
 
 
 def _notes(
+    model: torch.nn.Module,
     parameters: Mapping[str, torch.Tensor],
     uncertain: Sequence[str],
     requires_grad: RequiresGradMode,
@@ -242,8 +246,21 @@ def _notes(
             f"the code asks whether tensors require gradients, at {', '.join(requires_grad.asked)}: the operators are "
             "those of everything trained; a selection may take another branch there, such as a fast path"
         )
+    if torch.backends.mha.get_fastpath_enabled() and any(
+        isinstance(module, _WITH_FAST_PATH) and not module.training for module in model.modules()
+    ):
+        notes.append(
+            "in evaluation mode, layers of torch.nn.TransformerEncoder and MultiheadAttention in which nothing is "
+            "trained may run as one fused operator (torch.backends.mha.set_fastpath_enabled(False) prevents it); the "
+            "operators here are the separate ones"
+        )
     if recorder.values.asked:
         notes.append("the code asks for values of the batch: the operators are those of the batch that was given")
+    if folded := sum(_is_folded(node) for node in recorder.graph.nodes):
+        notes.append(
+            f"{folded} products by a matrix are one product (mm) where the matrix is trained and may be a batch of "
+            "products (bmm) of the same FLOPs where it is frozen: PyTorch decides by requires_grad"
+        )
     hooked = [name for name, tensor in parameters.items() if tensor._backward_hooks]
     if hooked:
         notes.append(f"hooks on gradients are not run in a trace, nor priced: {len(hooked)} tensors, first {hooked[0]}")
@@ -251,6 +268,21 @@ def _notes(
     if complex_tensors:
         notes.append(f"complex tensors are taken as frozen: {len(complex_tensors)}, first {complex_tensors[0]}")
     return tuple(notes)
+
+
+def _is_folded(node: torch.fx.Node) -> bool:
+    """Whether a matrix product copied its left side to make it one: ``torch.matmul`` does for a matrix that trains."""
+    if node.target is not torch.ops.aten.mm.default or node.meta["phase"] is not Phase.FORWARD:
+        return False
+    left = node.args[0]
+    if not (isinstance(left, torch.fx.Node) and left.target is torch.ops.aten._unsafe_view.default):
+        return False
+    copied = left.args[0]
+    return (
+        isinstance(copied, torch.fx.Node)
+        and copied.target is torch.ops.aten.clone.default
+        and len(copied.meta["call"].output.shape) > 2
+    )
 
 
 def _autograd_nodes(value: torch.Tensor) -> Iterator[Any]:
@@ -274,9 +306,10 @@ def _other_leaves(autograd_nodes: Iterable[Any], parameters: Iterable[torch.Tens
 
 
 def _refuse_reentrant_checkpoints(autograd_nodes: Iterable[Any]) -> None:
-    if any(getattr(node, "_forward_cls", None) is torch.utils.checkpoint.CheckpointFunction for node in autograd_nodes):
+    reentrant = torch.utils.checkpoint.CheckpointFunction
+    if any(getattr(node, "_forward_cls", None) is reentrant for node in autograd_nodes):
         raise UnsupportedModelError(
-            "the model uses reentrant activation checkpointing, whose backward pass is no graph that could be recorded; "
+            "the model uses reentrant activation checkpointing, whose backward pass is no graph to be recorded; "
             "expected the non-reentrant form: torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
             'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
         )

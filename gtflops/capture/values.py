@@ -1,4 +1,4 @@
-"""Following the values of a batch's integers, so that code which branches on them takes the branch of a real step."""
+"""Following the values of small tensors, so that code which branches on them takes the branch of a real step."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,54 +7,81 @@ import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     unset_fake_temporarily,
 )
+from torch.utils import _pytree as pytree
 
 _LARGEST = 1 << 22  # elements; larger tensors, such as one-hot codes and whole masks, decide no branches
 
 
-class ValuesLost(Exception):
+# What masks and positions are made by. Zeros are not among them: they are there to be written into.
+_MAKERS = frozenset(
+    (
+        torch.ops.aten.arange.default,
+        torch.ops.aten.arange.start,
+        torch.ops.aten.arange.start_step,
+        torch.ops.aten.ones.default,
+        torch.ops.aten.full.default,
+    )
+)
+
+
+class ValuesLostError(Exception):
     """A tensor with known values was written into from one without: trace again on shapes alone."""
 
 
 class KnownValues:
     """Tensors with data among tensors without.
 
-    Masks, labels and token numbers are small, and models ask them questions (is there padding at all? where is the
-    last token?). Operators on such tensors only are really computed; with any other tensor the result has no data.
+    Masks, labels, positions and token numbers are small, and models ask them questions (is there padding at all?
+    where is the last token?). Operators on such tensors only are really computed; with any other tensor the result has
+    no data. ``asked`` is whether a question was put to a tensor that comes from the batch.
     """
 
     def __init__(self) -> None:
-        self._known: set[int] = set()
+        self.follow = False
         self.asked = False
+        self._known: set[int] = set()
+        self._of_batch: set[int] = set()
 
     def add(self, tensor: torch.Tensor) -> None:
-        """``tensor`` has data. It must be kept alive as long as this object, which knows it by identity."""
+        """A tensor of the batch has data. It must be kept alive as long as this object, which knows it by identity."""
         self._known.add(id(tensor))
+        self._of_batch.add(id(tensor))
 
     def run(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``func`` of the arguments, computed where all of its tensors have data. ValuesLost where that is impossible."""
-        if not self._known:
+        """``func`` of the arguments, computed where all tensors have data. ValuesLostError where it cannot be."""
+        if not self.follow:
             return func(*args, **kwargs)
         tensors = list(_tensors((*args, *kwargs.values())))
-        known = [id(tensor) in self._known for tensor in tensors]
-        if not any(known):
+        if not tensors and func not in _MAKERS:
             return func(*args, **kwargs)
-        mutates = func._schema.is_mutable
+        known = [id(tensor) in self._known for tensor in tensors]
+        if not any(known) and tensors:
+            return func(*args, **kwargs)
         if not all(known):
-            if mutates and id(tensors[0]) in self._known:
-                raise ValuesLost
-            return func(*self._resolved(func, args), **kwargs)
-        if not mutates:
+            constants = {id(tensor): tensor.constant for tensor in tensors if isinstance(tensor, FakeTensor)}
+            if any(constant is None for constant in constants.values()):
+                if func._schema.is_mutable and known[0]:
+                    raise ValuesLostError
+                return func(*self._resolved(func, args), **kwargs)
+            # Numbers that PyTorch made into tensors, such as the right side of an assignment.
+            args, kwargs = pytree.tree_map_only(FakeTensor, lambda tensor: constants[id(tensor)], (args, kwargs))
+        of_batch = any(id(tensor) in self._of_batch for tensor in tensors)
+        if not func._schema.is_mutable:
             try:
                 shapes = func(*args, **kwargs)
-                if any(tensor.numel() > _LARGEST for tensor in _tensors((shapes,))):
+                if any(tensor.numel() > _LARGEST or tensor.is_meta for tensor in _tensors((shapes,))):
                     return shapes
             except (DataDependentOutputException, DynamicOutputShapeException):
-                self.asked = True
+                self.asked |= of_batch
         with unset_fake_temporarily():
             result = func(*args, **kwargs)
-        self._known.update(id(tensor) for tensor in _tensors((result,)))
+        made = {id(tensor) for tensor in _tensors((result,))}
+        self._known |= made
+        if of_batch:
+            self._of_batch |= made
         return result
 
     def _resolved(self, func: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -64,7 +91,7 @@ class KnownValues:
         tensor, indices = args
         positions: list[Any] = []
         for index in indices:
-            if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) and id(index) in self._known:
+            if id(index) in self._known and index.dtype in (torch.bool, torch.uint8):
                 with unset_fake_temporarily():
                     positions.extend(index.nonzero().unbind(1))
                 self.asked = True

@@ -1,0 +1,120 @@
+"""What autograd executes for a selection: the closure of its gradients among the operators after the forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gtflops import _core
+from gtflops.graph import Graph, Phase
+
+#: Phases whose operators run for the gradients that need them.
+AFTER_FORWARD = (Phase.BACKWARD, Phase.RECOMPUTE)
+
+
+def needed_by(graph: Graph, names: Sequence[str]) -> list[int]:
+    """For each node, the set of tensors whose gradients need it, as the bits of an integer.
+
+    Bit k stands for tensor ``names[k]``, bit ``len(names)`` for what runs whatever is trained. Time and memory
+    O(nodes x tensors / 64).
+    """
+    nodes = graph.nodes
+    needed = [0] * len(nodes)
+    for position, name in enumerate(names):
+        gradient = graph.gradients[name]
+        if gradient is not None:
+            needed[gradient] |= 1 << position
+    for index in graph.always:
+        needed[index] |= 1 << len(names)
+    for index in range(len(nodes) - 1, -1, -1):
+        if needed[index] and nodes[index].phase in AFTER_FORWARD:
+            for source in nodes[index].inputs:
+                needed[source] |= needed[index]
+    return needed
+
+
+def saved_bytes(graph: Graph, needed: Sequence[int]) -> dict[int, int]:
+    """Bytes of the memory that the forward pass fills and later operators read, by who needs those (:func:`needed_by`).
+
+    A piece of memory is there before the step if a parameter, a buffer or the batch lies in it.
+    """
+    readers: dict[int, int] = {}
+    before: set[int] = set()
+    for index, node in enumerate(graph.nodes):
+        if node.phase in AFTER_FORWARD:
+            for source in node.inputs:
+                storage = graph.nodes[source].storage
+                # The backward pass begins by looking at the shape of the loss; that keeps nothing.
+                if graph.nodes[source].phase is Phase.FORWARD and storage is not None and source != graph.loss:
+                    readers[storage] = readers.get(storage, 0) | needed[index]
+        elif node.phase is not Phase.FORWARD and node.storage is not None:
+            before.add(node.storage)
+    by_readers: dict[int, int] = {}
+    for storage, tensors in readers.items():
+        if storage not in before and tensors:
+            by_readers[tensors] = by_readers.get(tensors, 0) + graph.storage_bytes[storage]
+    return by_readers
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Operators after the forward pass, merged by the set of tensors that need them.
+
+    ``needed_by[s]`` has bit k set where tensor k (in backward order) needs segment s. ``costs`` is int64
+    [4, segments]: backward matrix products and the rest, then the same of what is recomputed; ``always``, int64 [4], is
+    the cost of what runs whatever is trained, which is in no segment. Segments stand in an order in which each
+    depends on earlier ones only.
+    """
+
+    needed_by: tuple[int, ...]
+    dependencies: tuple[tuple[int, ...], ...]
+    gradient_of: tuple[tuple[int, ...], ...]
+    costs: npt.NDArray[np.int64]
+    always: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, graph: Graph, names: Sequence[str], needed: Sequence[int], prices: npt.NDArray[np.int64]) -> "Segments":
+        """From what :func:`needed_by` gives and int64 prices [2, nodes], matrix products and the rest."""
+        nodes, every_time = graph.nodes, 1 << len(names)
+        runs = [index for index, node in enumerate(nodes) if node.phase in AFTER_FORWARD and needed[index]]
+        sometimes = [index for index in runs if needed[index] < every_time]
+        # What a node depends on is needed by whoever needs the node, and by more where the sets differ: larger
+        # sets first is an order in which dependencies stand before.
+        sets = sorted({needed[index] for index in sometimes}, key=lambda tensors: (-tensors.bit_count(), tensors))
+        segment_of = {tensors: segment for segment, tensors in enumerate(sets)}
+        dependencies: list[set[int]] = [set() for _ in sets]
+        for index in sometimes:
+            segment = segment_of[needed[index]]
+            dependencies[segment].update(
+                segment_of[needed[source]]
+                for source in nodes[index].inputs
+                if nodes[source].phase in AFTER_FORWARD and needed[source] < every_time
+            )
+            dependencies[segment].discard(segment)
+        costs = np.zeros((4, len(sets) + 1), dtype=np.int64)  # the last column: always
+        rows = np.array([2 * AFTER_FORWARD.index(nodes[index].phase) for index in runs], dtype=np.intp)
+        columns = np.array([segment_of.get(needed[index], len(sets)) for index in runs], dtype=np.intp)
+        for column in (0, 1):
+            np.add.at(costs, (rows + column, columns), prices[column, runs])
+        gradients = (graph.gradients[name] for name in names)
+        return cls(
+            needed_by=tuple(sets),
+            dependencies=tuple(tuple(sorted(sources)) for sources in dependencies),
+            gradient_of=tuple(
+                (segment_of[needed[node]],) if node is not None and needed[node] in segment_of else ()
+                for node in gradients
+            ),
+            costs=np.ascontiguousarray(costs[:, :-1]),
+            always=costs[:, -1].copy(),
+        )
+
+    def closure_costs(self) -> _core.ClosureCosts:
+        """The C++ object that answers queries."""
+        return _core.ClosureCosts(*_csr(self.dependencies), *_csr(self.gradient_of), self.costs)
+
+
+def _csr(lists: tuple[tuple[int, ...], ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Offsets and concatenation of integer lists."""
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
+    return offsets, np.array([item for items in lists for item in items], dtype=np.int64)
