@@ -105,6 +105,39 @@ def profile_command(
     _say_written(save, html)
 
 
+@app.command("verify")
+def verify_command(
+    model: Annotated[str, typer.Argument(help="A local folder, a preset, or a Hugging Face id.", show_default=False)],
+    selections: Annotated[int, typer.Option(help="Random selections, besides none, all, first and last.", min=0)] = 5,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 512,
+    attention: AttentionOption = Attention.EAGER,
+    seed: Annotated[int, typer.Option(help="Of the random selections.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Hold the prediction against what PyTorch executes, and against other counters.
+
+    Steps run without weights and compute nothing. Leaves with 1 where a step was not what was predicted.
+
+    Example: gtflops verify facebook/opt-125m --batch-size 2 --seq-len 128 --selections 10
+    """
+    from gtflops.capture import architecture
+    from gtflops.profiling import profile
+    from gtflops.report.terminal import verification_tables
+
+    with err.status(f"tracing {model}"):
+        costs = profile(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value)
+    built = architecture(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value)
+    with err.status("running real steps"):
+        found = costs.verify(built.model, built.batch, selections=selections, seed=seed)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        out.print(verification_tables(costs, found))
+    if not found.exact:
+        raise typer.Exit(1)
+
+
 @app.command("select")
 def select_command(
     model: Model,
@@ -253,9 +286,8 @@ def demo_command(
     else:
         out.print(_runs_table({"full": demo.full, f"budget {budget:g}": demo.budgeted}))
         forward = demo.profile.step_flops("none", ops="matmul").forward
-        out.print(
-            f"Forward pass, matrix products: {forward:,} FLOP by gtflops, {demo.fvcore_forward:,} by fvcore (MACs x 2)."
-        )
+        by_fvcore = "not counted" if demo.fvcore_forward is None else f"{demo.fvcore_forward:,}"
+        out.print(f"Forward pass, matrix products: {forward:,} FLOP by gtflops, {by_fvcore} by fvcore (MACs x 2).")
         out.print(
             f"SmolLM2-135M-Instruct on ACLSum, {steps} steps of {demo.settings.batch_size} x {demo.settings.seq_len} "
             f"tokens, AdamW {demo.settings.learning_rate:g}, float32, {demo.threads} threads, seed {seed}; "

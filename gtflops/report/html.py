@@ -94,11 +94,10 @@ def _nonce(summary: Summary) -> str:
 
 
 def _whole_step(cost: Cost) -> list[Segment]:
-    kinds = ("forward", "dy", "dw")
     whole = cost.full.all or 1
     return [
         Segment(kind, label, format_flops(flops.all), 100 * flops.all / whole)
-        for kind, (label, flops) in zip(kinds, cost.parts()[:3], strict=True)
+        for kind, label, flops in cost.parts()[:-1]
     ]
 
 

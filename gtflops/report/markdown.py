@@ -27,7 +27,7 @@ def _document(summary: Summary) -> Iterator[str]:
         ("Part", "FLOPs", "Share", "Matrix products", "Share of them"),
         (
             (part, f"{flops.all:,}", share(flops.all, full.all), f"{flops.matmul:,}", share(flops.matmul, full.matmul))
-            for part, flops in summary.cost.parts()
+            for _, part, flops in summary.cost.parts()
         ),
     )
     yield "### By module\n"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from gtflops.closure import needed_by
 from gtflops.errors import InputError
 from gtflops.graph import GETITEM, Phase
 from gtflops.operators import TensorType, lookup
@@ -29,6 +30,8 @@ CONVENTIONS = (
     "convolutions, the convention of PyTorch's own FLOP counter.",
     "Weight gradients (dw): backward operators that exactly one tensor's gradient needs. Activation gradients (dy): "
     "those that several tensors' gradients need.",
+    "Recomputed forward: what activation checkpointing runs once more in the backward pass; part of the full step, "
+    "and of t_dw and t_dy.",
     "Backward order: tensors from the loss towards the input, by when their gradient becomes computable.",
     "t_dy of a tensor: activation gradients that it adds to what the tensors nearer to the loss already need. "
     "Trained alone: the exact cost of a step in which only this tensor is trained.",
@@ -63,6 +66,7 @@ class Cost:
     forward: Columns = Columns()
     dy: Columns = Columns()
     dw: Columns = Columns()
+    recompute: Columns = Columns()
 
     @property
     def backward(self) -> Columns:
@@ -70,22 +74,26 @@ class Cost:
 
     @property
     def full(self) -> Columns:
-        return self.forward + self.backward
+        return self.forward + self.backward + self.recompute
 
     def __add__(self, added: "Cost") -> "Cost":
-        return Cost(self.forward + added.forward, self.dy + added.dy, self.dw + added.dw)
+        return Cost(
+            self.forward + added.forward, self.dy + added.dy, self.dw + added.dw, self.recompute + added.recompute
+        )
 
-    def parts(self) -> tuple[tuple[str, Columns], ...]:
-        """The lines of a table of totals."""
+    def parts(self) -> tuple[tuple[str, str, Columns], ...]:
+        """A name, a label and FLOPs of each part, the full step last; recomputation only where there is some."""
+        again = (("recompute", "Recomputed forward", self.recompute),) if self.recompute.all else ()
         return (
-            ("Forward pass", self.forward),
-            ("Activation gradients (dy)", self.dy),
-            ("Weight gradients (dw)", self.dw),
-            ("Full step", self.full),
+            ("forward", "Forward pass", self.forward),
+            ("dy", "Activation gradients (dy)", self.dy),
+            ("dw", "Weight gradients (dw)", self.dw),
+            *again,
+            ("full", "Full step", self.full),
         )
 
     def to_json(self) -> dict[str, dict[str, int]]:
-        names = ("forward", "dy", "dw", "backward", "full")
+        names = ("forward", "dy", "dw", "backward", "recompute", "full")
         return {name: getattr(self, name).to_json() for name in names}
 
 
@@ -236,7 +244,9 @@ class Summary:
         return (
             f"One full training step costs {format_flops(full)} ({full:,}): "
             f"{share(self.cost.forward.all, full)} forward pass, {share(self.cost.dy.all, full)} activation gradients, "
-            f"{share(self.cost.dw.all, full)} weight gradients. Matrix products are "
+            f"{share(self.cost.dw.all, full)} weight gradients"
+            + (f", {share(self.cost.recompute.all, full)} recomputed forward" if self.cost.recompute.all else "")
+            + ". Matrix products are "
             f"{share(self.cost.full.matmul, full)} of it."
         )
 
@@ -318,7 +328,7 @@ def summarise(profile: Profile, selection: Selection | None = None, log: "Traini
 
 def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...], tuple[ModuleCost, ...]]:
     nodes = profile.graph.nodes
-    owners = _owners(profile)
+    needed = needed_by(profile.graph, profile.names)
     counts: dict[str, int] = {}
     by_operator: dict[str, Cost] = {}
     by_module: dict[str, Cost] = {}
@@ -326,8 +336,11 @@ def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...],
         flops = Columns(int(profile.prices[0, index]), int(profile.prices[1, index]))
         if node.phase is Phase.FORWARD:
             cost = Cost(forward=flops)
-        elif node.phase is Phase.BACKWARD and owners[index] is not None:
-            cost = Cost(dy=flops) if owners[index] == _SEVERAL else Cost(dw=flops)
+        elif node.phase is Phase.RECOMPUTE and needed[index]:
+            cost = Cost(recompute=flops)
+        elif node.phase is Phase.BACKWARD and needed[index]:
+            of_one_tensor = needed[index].bit_count() == 1 and not needed[index] >> len(profile.names)
+            cost = Cost(dw=flops) if of_one_tensor else Cost(dy=flops)
         else:
             continue
         # An operator priced by output carries its price on the nodes that pick its outputs.
@@ -349,29 +362,6 @@ def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...],
         tuple(sorted(operators, key=lambda row: (-row.cost.full.all, row.name))),
         tuple(ModuleCost(group, numel.get(group, 0), cost) for group, cost in by_module.items()),
     )
-
-
-_SEVERAL = -1
-
-
-def _owners(profile: Profile) -> list[int | None]:
-    """For each node, the one tensor whose gradient needs it, ``_SEVERAL``, or ``None`` where no gradient does."""
-    nodes = profile.graph.nodes
-    owners: list[int | None] = [None] * len(nodes)
-
-    def need(index: int, owner: int) -> None:
-        owners[index] = owner if owners[index] in (None, owner) else _SEVERAL
-
-    for position, name in enumerate(profile.names):
-        gradient = profile.graph.gradients[name]
-        if gradient is not None:
-            need(gradient, position)
-    for index in range(len(nodes) - 1, -1, -1):
-        owner = owners[index]
-        if owner is not None and nodes[index].phase is Phase.BACKWARD:
-            for source in nodes[index].inputs:
-                need(source, owner)
-    return owners
 
 
 def module_group(module: str) -> str:

@@ -1,5 +1,7 @@
 """Tables for a terminal; printing them is the caller's."""
 
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -10,7 +12,11 @@ from gtflops.report.summary import share, shorten, summarise, visible
 from gtflops.selection import Selection
 from gtflops.units import format_flops
 
+if TYPE_CHECKING:
+    from gtflops.verification import Verification
+
 _NAME_LENGTH = 120
+_MOST_EXPLANATIONS = 12
 
 
 def profile_tables(profile: Profile, top: int = 10) -> Group:
@@ -18,7 +24,7 @@ def profile_tables(profile: Profile, top: int = 10) -> Group:
     summary = summarise(profile)
     full = summary.cost.full
     totals = _table(f"{summary.model}: a full training step", "Part", "FLOPs", "Share", "Matrix products", "Share")
-    for part, flops in summary.cost.parts():
+    for _, part, flops in summary.cost.parts():
         totals.add_row(
             part,
             format_flops(flops.all),
@@ -74,6 +80,52 @@ def selection_table(selection: Selection) -> Table:
     for label, value in summary.selection.facts():
         table.add_row(label, _name(value))
     return table
+
+
+def verification_tables(profile: Profile, found: "Verification") -> Group:
+    """What was predicted and what three others counted, for each selection; differences in words."""
+    table = _table(
+        f"{profile.graph.model}: FLOPs of a step, predicted and executed",
+        "Selection",
+        "Tensors",
+        "Predicted",
+        "Executed",
+        "Products",
+        "PyTorch's",
+    )
+    for check in found.checks:
+        executed = Text("equal", style="green")
+        if not check.exact:
+            executed = Text(f"{check.executed - check.predicted:+,}", style="bold red")
+        difference = check.pytorch - check.predicted_matmul
+        table.add_row(
+            _name(check.selection),
+            f"{check.tensors:,}",
+            f"{check.predicted:,}",
+            executed,
+            f"{check.predicted_matmul:,}",
+            f"{difference:+,}" if difference else "equal",
+        )
+    table.caption = "Products: matrix products and convolutions. PyTorch's: what its own counter says of those."
+    explained = found.explanations()
+    lines = [Text(f"- {visible(line)}") for line in explained[:_MOST_EXPLANATIONS]]
+    if len(explained) > _MOST_EXPLANATIONS:
+        lines.append(Text(f"- and {len(explained) - _MOST_EXPLANATIONS:,} more differences; --json lists all"))
+    fvcore = found.fvcore
+    if fvcore.flops is None:
+        lines.append(Text(f"fvcore could not count the forward pass: {visible(fvcore.problem)}"))
+    else:
+        lines.append(
+            Text(
+                f"Forward pass, matrix products and convolutions: {found.forward_matmul:,} predicted, "
+                f"{fvcore.flops:,} by fvcore (MACs x 2)"
+            )
+        )
+        if fvcore.skipped:
+            skipped = ", ".join(f"{visible(op)} {count:,} times" for op, count in sorted(fvcore.skipped.items()))
+            lines.append(Text(f"fvcore skipped: {skipped}", style="dim"))
+    lines += [Text(f"note: {visible(note)}", style="dim") for note in found.notes]
+    return Group(table, *lines)
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:

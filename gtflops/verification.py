@@ -1,0 +1,253 @@
+"""Holding a profile against what PyTorch executes, and against other counters, on the user's own model."""
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils import stateless
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from gtflops.capture import Loss, call_model, loss_of, unchanged
+from gtflops.capture.dispatch import OperatorMode, describe_call
+from gtflops.errors import InputError
+from gtflops.operators import FlopsByOutput, price
+from gtflops.profiling import Profile, StepFlops
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An operator of which two counts differ: FLOPs by either."""
+
+    operator: str
+    predicted: int
+    other: int
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One selection, as predicted and as a real step executed it (FLOPs).
+
+    ``predicted`` and ``executed`` are both columns by gtflops' table, ``predicted_matmul`` and ``pytorch`` matrix
+    products; ``differences`` and ``pytorch_differences`` say by operator where they are not the same. ``unpriced`` are
+    executed operators without a price, with their number.
+    """
+
+    selection: str
+    tensors: int
+    predicted: int
+    executed: int
+    predicted_matmul: int
+    pytorch: int
+    differences: tuple[Difference, ...]
+    pytorch_differences: tuple[Difference, ...]
+    unpriced: Mapping[str, int]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the step executed what was predicted, operator by operator."""
+        return not (self.differences or self.unpriced)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardByFvcore:
+    """fvcore's count of one forward pass: MACs x 2 of its matrix products and convolutions, and what it skipped.
+
+    ``flops`` is ``None`` where it could not run, and ``problem`` says why.
+    """
+
+    flops: int | None
+    skipped: Mapping[str, int]
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What :meth:`gtflops.Profile.verify` found."""
+
+    checks: tuple[Check, ...]
+    forward_matmul: int
+    fvcore: ForwardByFvcore
+    notes: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every selection executed what was predicted."""
+        return all(check.exact for check in self.checks)
+
+    def explanations(self) -> list[str]:
+        """Each difference between two counts once, in words."""
+        lines: dict[str, None] = {}
+        for check in self.checks:
+            for difference in check.differences:
+                lines[
+                    f"{check.selection}: {difference.operator}: predicted {difference.predicted:,}, "
+                    f"executed {difference.other:,}"
+                ] = None
+            for operator, count in check.unpriced.items():
+                lines[f"{operator} has no price, and ran {count} times"] = None
+            for difference in check.pytorch_differences:
+                reason = "no formula" if difference.other == 0 else "another formula"
+                lines[f"{difference.operator}: PyTorch's counter has {reason} for it"] = None
+        return list(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"exact": self.exact, **asdict(self), "explanations": self.explanations()}
+
+
+def verify(
+    profile: Profile, model: torch.nn.Module, batch: Any, loss: Loss | None = None, selections: Any = 5, seed: int = 0
+) -> Verification:
+    """Run real steps of ``model`` and compare them with ``profile``; see :meth:`gtflops.Profile.verify`."""
+    profile.require_fit(model)
+    batch = pytree.tree_map_only(
+        torch.Tensor, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad), batch
+    )
+    checks = tuple(
+        _check(profile, model, batch, loss, label, names)
+        for label, names in _selections(profile, selections, random.Random(seed))
+    )
+    return Verification(
+        checks,
+        profile.step_flops("none", ops="matmul").forward,
+        count_forward_by_fvcore(model, batch),
+        profile.notes,
+    )
+
+
+def _selections(profile: Profile, selections: Any, draw: random.Random) -> Iterator[tuple[str, list[str]]]:
+    if not isinstance(selections, int) or isinstance(selections, bool):
+        if isinstance(selections, str) or not isinstance(selections, Iterable):
+            raise InputError(f"selections is {selections!r}, expected a number of them or lists of names of tensors")
+        for number, names in enumerate(selections, start=1):
+            yield f"given {number}", [profile.names[index] for index in profile.mask(names).nonzero()[0]]
+        return
+    if selections < 0:
+        raise InputError(f"selections is {selections}, expected 0 or more")
+    trainable = [tensor.name for tensor in profile.tensors if tensor.has_gradient]
+    yield "none", []
+    yield "all", trainable
+    yield "first", trainable[:1]
+    yield "last", trainable[-1:]
+    for number in range(1, selections + 1):
+        yield f"random {number}", draw.sample(trainable, draw.randint(1, len(trainable)))
+
+
+def _check(
+    profile: Profile, model: torch.nn.Module, batch: Any, loss: Loss | None, label: str, names: Collection[str]
+) -> Check:
+    counter, executed = FlopCounterMode(display=False), _Counting()
+    with _training_only(model, names), counter, executed:
+        if names or profile.graph.always:
+            loss_of(call_model(model, batch), batch, loss).backward()
+        else:
+            outputs = call_model(model, batch)
+            if loss is not None:
+                loss(outputs, batch)
+    predicted = _by_packet(profile.by_operator(names))
+    predicted_matmul = _by_packet(profile.by_operator(names, ops="matmul"))
+    by_pytorch = Counter({str(op): int(flops) for op, flops in counter.get_flop_counts().get("Global", {}).items()})
+    return Check(
+        selection=label,
+        tensors=len(names),
+        predicted=profile.step_flops(names).total,
+        executed=sum(executed.by_operator.values()),
+        predicted_matmul=profile.step_flops(names, ops="matmul").total,
+        pytorch=by_pytorch.total(),
+        differences=_differences(predicted, executed.by_operator),
+        pytorch_differences=_differences(predicted_matmul, by_pytorch),
+        unpriced=dict(executed.unpriced),
+    )
+
+
+def _by_packet(steps: Mapping[str, StepFlops]) -> Counter[str]:
+    """FLOPs by operator without overload, in place or not."""
+    totals: Counter[str] = Counter()
+    for op, step in steps.items():
+        totals[_packet(op)] += step.total
+    return totals
+
+
+def _packet(op: str) -> str:
+    return ".".join(op.split(".")[:2]).removesuffix("_")
+
+
+def _differences(predicted: Counter[str], other: Counter[str]) -> tuple[Difference, ...]:
+    found = (Difference(op, predicted[op], other[op]) for op in sorted(predicted.keys() | other.keys()))
+    return tuple(difference for difference in found if difference.predicted != difference.other)
+
+
+class _Counting(OperatorMode):
+    """FLOPs of what runs, by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_operator: Counter[str] = Counter()
+        self.unpriced: Counter[str] = Counter()
+
+    def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        call = describe_call(func, args, kwargs, result)
+        cost = price(call)
+        if cost is None:
+            self.unpriced[call.op] += 1
+            return
+        self.by_operator[_packet(call.op)] += sum(cost.executed(call) if isinstance(cost, FlopsByOutput) else cost)
+
+
+@contextmanager
+def _training_only(model: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Real steps inside see parameters that require gradients as said, and leave the model as it was."""
+    parameters = {
+        name: torch.nn.Parameter(tensor.detach(), requires_grad=name in names)
+        for name, tensor in model.named_parameters()
+    }
+    buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(stateless._reparametrize_module(model, {**parameters, **buffers}, tie_weights=True))
+        yield
+
+
+_PRODUCTS = ("addmm", "bmm", "conv", "einsum", "linear", "matmul")
+
+
+def count_forward_by_fvcore(model: torch.nn.Module, batch: Any) -> ForwardByFvcore:
+    """Matrix products of a forward pass, by a counter that shares no code with gtflops or torch's own."""
+    from fvcore.nn import FlopCountAnalysis
+
+    # Labels bring in the loss, which fvcore does not count, and code that torch.jit.trace cannot follow.
+    given = {key: value for key, value in batch.items() if key != "labels"} if isinstance(batch, Mapping) else None
+    tensors = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)} if given else {}
+    others = {key: value for key, value in given.items() if key not in tensors} if given else {}
+
+    class Outputs(torch.nn.Module):
+        """The model with positional arguments and tensors as outputs, which is what fvcore can trace."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: torch.Tensor) -> Any:
+            if given is None:
+                return model(*inputs)
+            outputs = model(**dict(zip(tensors, inputs, strict=True)), **others)
+            return outputs.logits if hasattr(outputs, "logits") else outputs
+
+    inputs = tuple(tensors.values()) if given is not None else (batch if isinstance(batch, (tuple, list)) else (batch,))
+    with warnings.catch_warnings(), _training_only(model, ()), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and warns of every Python number
+        try:
+            analysis = FlopCountAnalysis(Outputs(), tuple(inputs))
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            counts = analysis.by_operator()  # layer norm and the like are counted too, by elements
+            skipped = {op: int(number) for op, number in analysis.unsupported_ops().items()}
+        except Exception as error:  # whatever torch.jit.trace makes of a model
+            return ForwardByFvcore(None, {}, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    return ForwardByFvcore(2 * sum(int(counts[product]) for product in _PRODUCTS), skipped, "")

@@ -1,0 +1,139 @@
+"""verify: the user's own check, which must find a wrong prediction."""
+
+import copy
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import gtflops
+from gtflops.cli import app
+from small_models import build, padded_batch
+from zoo import ZOO, sum_of_squares
+
+
+def test_a_right_profile_is_found_exact() -> None:
+    model, batch = build("llama"), padded_batch()
+    profile = gtflops.profile(model, batch)
+    found = profile.verify(model, batch, selections=3)
+    assert found.exact
+    assert [check.selection for check in found.checks] == [
+        "none",
+        "all",
+        "first",
+        "last",
+        *(f"random {n}" for n in (1, 2, 3)),
+    ]
+    assert found.checks[1].predicted == found.checks[1].executed == profile.full_flops
+    for check in found.checks:
+        assert check.predicted_matmul == check.pytorch
+    assert found.fvcore.flops == found.forward_matmul
+    assert found.fvcore.skipped["aten::silu"] == 3
+    json.dumps(found.to_json())
+
+
+def test_a_wrong_price_is_found() -> None:
+    """The profile says one FLOP more for one operator of the backward pass."""
+    model, batch = build("opt"), padded_batch()
+    profile = gtflops.profile(model, batch)
+    prices = profile.prices.copy()
+    node = profile.graph.gradients[profile.names[2]]
+    prices[0, node] += 1
+    found = replace(profile, prices=prices).verify(model, batch, selections=[[profile.names[2]], [profile.names[0]]])
+    assert [check.exact for check in found.checks] == [False, True]
+    (difference,) = found.checks[0].differences
+    assert difference.predicted == difference.other + 1
+    assert not found.exact
+    assert f"predicted {difference.predicted:,}, executed {difference.other:,}" in " ".join(found.explanations())
+
+
+def test_what_other_counters_lack_is_explained() -> None:
+    """PyTorch counts the weight gradient of a grouped convolution once a group, and no product with a vector."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(4, 4, 3, groups=4)
+            self.vector = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.convolution(x).flatten(0, 2) @ self.vector
+
+    model, x = Odd(), torch.randn(2, 4, 8, 8)
+    found = gtflops.profile(model, x, sum_of_squares).verify(model, x, sum_of_squares)
+    assert found.exact
+    told = found.explanations()
+    assert "aten.mv: PyTorch's counter has no formula for it" in told
+    assert "aten.convolution_backward: PyTorch's counter has another formula for it" in told
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    case = ZOO["resnet-train"]()
+    model = case.model
+    model.classifier[1].weight.requires_grad_(False)  # type: ignore[index, union-attr]
+    profile = gtflops.profile(model, case.batch)
+    state, flags = copy.deepcopy(model.state_dict()), [tensor.requires_grad for tensor in model.parameters()]
+    seed = torch.get_rng_state()
+    profile.verify(model, case.batch, selections=1)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert flags == [tensor.requires_grad for tensor in model.parameters()]
+    assert all(tensor.grad is None for tensor in model.parameters())
+    assert torch.equal(seed, torch.get_rng_state())
+
+
+def test_fvcore_may_fail() -> None:
+    class Dictionary(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return {"a": super().forward(x), 3: None}
+
+    model, x = Dictionary(3, 3), torch.ones(2, 3)
+
+    def loss(outputs: Any, batch: Any) -> torch.Tensor:
+        return outputs["a"].sum()
+
+    found = gtflops.profile(model, x, loss).verify(model, x, loss, selections=0)
+    assert found.exact
+    assert found.fvcore.flops is None
+    assert found.fvcore.problem
+
+
+@pytest.mark.parametrize("selections", [-1, "all", 1.5, [["no.such.tensor"]]])
+def test_selections_that_do_not_fit(selections: Any) -> None:
+    model, batch = build("llama"), padded_batch()
+    with pytest.raises(gtflops.InputError):
+        gtflops.profile(model, batch).verify(model, batch, selections=selections)
+
+
+def test_another_model_is_refused() -> None:
+    profile = gtflops.profile(build("llama"), padded_batch())
+    with pytest.raises(gtflops.InputError, match="expected the model that was profiled"):
+        profile.verify(build("opt"), padded_batch())
+
+
+def test_command() -> None:
+    arguments = ["verify", "facebook/opt-125m", "--batch-size", "2", "--seq-len", "16", "--selections", "2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "random 2" in result.output
+    assert "by fvcore" in result.output
+    data = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert data["exact"]
+    assert len(data["checks"]) == 6
+
+
+def test_the_command_fails_where_a_step_is_not_as_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_prices = gtflops.Profile.from_graph
+
+    def wrong(*arguments: Any) -> gtflops.Profile:
+        profile = step_prices(*arguments)
+        return replace(profile, prices=profile.prices + np.eye(2, profile.prices.shape[1], 200, dtype=np.int64))
+
+    monkeypatch.setattr(gtflops.Profile, "from_graph", wrong)
+    result = CliRunner().invoke(app, ["verify", "facebook/opt-125m", "--batch-size", "1", "--seq-len", "8"])
+    assert result.exit_code == 1
+    assert "-2" in result.output
