@@ -116,7 +116,8 @@ def executed(model: torch.nn.Module, batch: Any) -> tuple[gtflops.ExecutedFlops,
 def test_both_columns_are_those_of_a_real_compiled_step(family: str, attention: str) -> None:
     model, batch = FAMILIES[family](attention), padded_batch()
     names = [name for name, _ in model.named_parameters()]
-    for trained in (names, random.Random(5).sample(names, len(names) // 2)):
+    half = random.Random(5).sample(names, len(names) // 2)
+    for trained in (names, half) if attention == "eager" else (half,):
         train_only(model, trained)
         predicted = compiled_step(model, batch)
         forward, backward = executed(model, batch)
@@ -272,7 +273,8 @@ def test_a_failure_of_dynamo_says_what_to_do_and_changes_nothing() -> None:
 
 
 def test_by_name_saved_and_loaded(tmp_path: Path) -> None:
-    profile = gtflops.profile("gpt2", batch_size=1, seq_len=8, graph="compiled")
+    FAMILIES["opt"]("eager").config.save_pretrained(tmp_path)
+    profile = gtflops.profile(tmp_path, batch_size=1, seq_len=8, graph="compiled")
     profile.save(tmp_path / "profile.json")
     loaded = gtflops.Profile.load(tmp_path / "profile.json")
     assert isinstance(loaded.compiled, CompiledStep)
