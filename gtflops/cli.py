@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -83,6 +83,9 @@ def profile_command(
     attention: AttentionOption = Attention.EAGER,
     save: Annotated[Path | None, typer.Option(help="Write the profile here, for select and later reports.")] = None,
     html: Html = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Price what torch.compile would run as well, beside the eager step.")
+    ] = False,
     as_json: AsJson = False,
     top: Annotated[int, typer.Option(help="How many tensors to list.", min=0)] = 10,
 ) -> None:
@@ -93,7 +96,7 @@ def profile_command(
     from gtflops.report.summary import summarise
     from gtflops.report.terminal import profile_tables
 
-    costs = _profile(model, batch_size, seq_len, attention)
+    costs = _profile(model, batch_size, seq_len, attention, compiled=compiled)
     if save is not None:
         costs.save(save)
     if html is not None:
@@ -392,14 +395,21 @@ def _say_written(*paths: Path | None) -> None:
 # --- what is read and called ------------------------------------------------------------------------------------
 
 
-def _profile(model: str, batch_size: int, seq_len: int, attention: Attention) -> "Profile":
+def _profile(model: str, batch_size: int, seq_len: int, attention: Attention, *, compiled: bool = False) -> "Profile":
     """A saved profile, or a new one of a model by name."""
     from gtflops.profiling import Profile, profile
 
     if model.endswith(".json") or Path(model).is_file():
-        return Profile.load(model)
+        saved = Profile.load(model)
+        if compiled and saved.compiled is None:
+            raise InputError(
+                f"{model} holds no compiled step, expected a profile that was saved with --compiled; profile the model "
+                "again by its name"
+            )
+        return saved
+    graph: Literal["eager", "compiled"] = "compiled" if compiled else "eager"
     with err.status(f"tracing {model}"):
-        return profile(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value)
+        return profile(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value, graph=graph)
 
 
 def _read(path: str) -> dict[str, float]:

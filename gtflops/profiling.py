@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from gtflops import _core
 from gtflops.closure import AFTER_FORWARD, Segments, needed_by, saved_bytes
+from gtflops.compiled import CompiledStep
 from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
 from gtflops.files import write_whole
 from gtflops.graph import GETITEM, Graph, Phase
@@ -95,7 +96,8 @@ class Profile:
 
     ``prices`` has two rows, matrix products and everything else, and a column for each node of ``graph``; a
     selection's backward cost is the sum over the nodes that its gradients depend on (its closure), which is what
-    autograd executes. ``notes`` say what was assumed; ``versions`` what made the profile.
+    autograd executes. ``notes`` say what was assumed; ``versions`` what made the profile. ``compiled`` holds what
+    ``torch.compile`` would run of the step, where it was asked for.
 
     >>> import gtflops, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(5, 1, bias=False))
@@ -111,6 +113,7 @@ class Profile:
     unsupported: tuple[UnsupportedOperator, ...]
     notes: tuple[str, ...]
     versions: Mapping[str, str]
+    compiled: CompiledStep | None = None
 
     @classmethod
     def from_graph(
@@ -374,6 +377,7 @@ class Profile:
             "graph": self.graph.to_json(),
             "matmul": self.prices[0].tolist(),
             "other": self.prices[1].tolist(),
+            "compiled": None if self.compiled is None else self.compiled.to_json(),
         }
         return {"format": FORMAT, "version": FORMAT_VERSION, "digest": _digest(content), **content}
 
@@ -420,7 +424,15 @@ class Profile:
             unsupported = tuple(
                 UnsupportedOperator(name, count, tuple(where)) for name, count, where in data["unsupported"]
             )
-            return cls(graph, prices, unsupported, tuple(data["notes"]), dict(data["versions"]))
+            compiled = data["compiled"]
+            return cls(
+                graph,
+                prices,
+                unsupported,
+                tuple(data["notes"]),
+                dict(data["versions"]),
+                None if compiled is None else CompiledStep.from_json(compiled),
+            )
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise SavedFileError(
                 f"{path} is damaged ({type(error).__name__}: {error}); profile the model again"
@@ -477,6 +489,7 @@ def profile(
     batch_size: int | None = None,
     seq_len: int | None = None,
     attention: Literal["eager", "sdpa"] = "eager",
+    graph: Literal["eager", "compiled"] = "eager",
 ) -> Profile:
     """What one training step of a model costs, for every choice of trainable tensors, from one trace.
 
@@ -484,6 +497,10 @@ def profile(
     (a mapping of the forward's arguments, a tuple, or a tensor); ``loss(outputs, batch)`` gives a scalar tensor,
     ``outputs.loss`` without it. The model is left as it was, to the bit. Or ``profile(name, batch_size=,
     seq_len=)`` with a local folder, a preset or a Hugging Face id: only the architecture is built, without weights.
+
+    ``graph="compiled"`` adds :attr:`Profile.compiled`: what ``torch.compile`` would run of the step, for the tensors
+    of the model that require gradients now (all of them by name), to be held beside the eager prediction for the
+    same tensors, ``profile.step_flops(profile.compiled.trainable)``.
 
     Raises InputError for arguments that do not fit, UnsupportedModelError where the model cannot be captured.
 
@@ -499,6 +516,8 @@ def profile(
 
     from gtflops.capture import architecture, trace
 
+    if graph not in ("eager", "compiled"):
+        raise InputError(f"graph is {graph!r}, expected 'eager' or 'compiled'")
     notes: tuple[str, ...] = ()
     versions = {package: version(package) for package in ("gtflops", "torch", "transformers")}
     if isinstance(model, torch.nn.Module):
@@ -511,7 +530,14 @@ def profile(
         if batch is not None or batch_size is None or seq_len is None:
             raise InputError("a model is profiled by name on sizes: expected profile(name, batch_size=4, seq_len=512)")
         built = architecture(os.fspath(model), batch_size=batch_size, seq_len=seq_len, attention=attention)
-        captured, notes = trace(built.model, built.batch, loss), built.notes
+        model, batch = built.model, built.batch
+        captured, notes = trace(model, batch, loss), built.notes
     else:
         raise InputError(f"model is a {type(model).__name__}, expected a torch.nn.Module or a name")
-    return Profile.from_graph(captured.to_graph(), (*notes, *captured.notes), versions)
+    eager = Profile.from_graph(captured.to_graph(), (*notes, *captured.notes), versions)
+    if graph == "eager":
+        return eager
+    from gtflops.capture.compiled import compiled_step  # dynamo and inductor take seconds to import
+
+    compiled = compiled_step(model, batch, loss)
+    return replace(eager, compiled=compiled, notes=(*eager.notes, *compiled.notes()))

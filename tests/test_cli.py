@@ -79,6 +79,20 @@ def test_profile_prints_tables_and_writes_a_report(saved: Path, tmp_path: Path) 
     assert (tmp_path / "report.html").read_text().startswith("<!")
 
 
+def test_compiled_beside_eager(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "compiled.json"
+    result = run("profile", "gpt2", "--batch-size", "1", "--seq-len", "8", "--compiled", "--save", path)
+    assert "Eager and torch.compile, 148 of 148 tensors trained" in result.stdout
+    flops = json.loads(run("profile", path, "--json").stdout)["compiled"]["flops"]
+    profile = gtflops.Profile.load(path)
+    assert profile.compiled is not None
+    assert flops["total"]["compiled"]["all"] == profile.compiled.total
+    assert flops["total"]["eager"]["all"] == profile.full_flops
+    assert flops["recompute"]["compiled"]["all"] > flops["recompute"]["eager"]["all"]
+    refused = run("profile", saved, "--compiled", expect=2)
+    assert "saved with --compiled" in refused.stderr
+
+
 def test_select(saved: Path, tmp_path: Path) -> None:
     profile = gtflops.Profile.load(saved)
     importance = tmp_path / "importance.json"

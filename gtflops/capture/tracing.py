@@ -90,8 +90,9 @@ def call_model(model: torch.nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def loss_of(outputs: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
-    """The scalar loss of a step: ``loss(outputs, batch)``, or ``outputs.loss``. InputError if it is none."""
+def loss_of(outputs: Any, batch: Any, loss: Loss | None, *, trained: bool = True) -> torch.Tensor:
+    """The scalar loss of a step: ``loss(outputs, batch)``, or ``outputs.loss``. InputError if it is none, or if it
+    needs no gradient although something is ``trained``."""
     value: Any
     if loss is not None:
         value = loss(outputs, batch)
@@ -108,7 +109,7 @@ def loss_of(outputs: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
         raise InputError(
             f"{source} a tensor of shape {tuple(value.shape)}, expected a scalar; reduce it, for example by .mean()"
         )
-    if not value.requires_grad:
+    if trained and not value.requires_grad:
         raise InputError(f"{source} a tensor that needs no gradient, expected one that depends on the parameters")
     return value
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from gtflops.closure import needed_by
+from gtflops.compiled import CompiledStep
 from gtflops.errors import InputError
 from gtflops.graph import GETITEM, Phase
 from gtflops.operators import TensorType, lookup
@@ -171,6 +172,28 @@ class SelectionSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class CompiledSummary:
+    """A step under ``torch.compile`` beside the eager prediction for the same tensors: (part, eager, compiled)."""
+
+    tensors: int
+    all_tensors: int
+    graphs: int
+    parts: tuple[tuple[str, Columns, Columns], ...]
+    unsupported: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tensors": self.tensors,
+            "all_tensors": self.all_tensors,
+            "graphs": self.graphs,
+            "flops": {
+                part: {"eager": eager.to_json(), "compiled": compiled.to_json()} for part, eager, compiled in self.parts
+            },
+            "unsupported": dict(self.unsupported),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class SelectionEvent:
     """A selection made in training, after ``step`` steps; ``positions`` in backward order of what it trains."""
 
@@ -233,6 +256,7 @@ class Summary:
     notes: tuple[str, ...]
     unsupported: tuple[UnsupportedOperator, ...]
     versions: Mapping[str, str]
+    compiled: CompiledSummary | None
 
     @property
     def numel(self) -> int:
@@ -272,6 +296,7 @@ class Summary:
             ],
             "modules": [{"name": row.name, "numel": row.numel, "flops": row.cost.to_json()} for row in self.modules],
             "tensors": [{**_fields(row), "shape": list(row.shape)} for row in self.tensors],
+            "compiled": None if self.compiled is None else self.compiled.to_json(),
             "selection": None if self.selection is None else _fields(self.selection),
             "training": None if self.training is None else self._training_json(self.training),
             "notes": list(self.notes),
@@ -323,7 +348,31 @@ def summarise(profile: Profile, selection: Selection | None = None, log: "Traini
         notes=profile.notes,
         unsupported=profile.unsupported,
         versions=profile.versions,
+        compiled=None if profile.compiled is None else _compiled(profile, profile.compiled),
     )
+
+
+def _compiled(profile: Profile, compiled: CompiledStep) -> CompiledSummary:
+    step = profile.step_flops(compiled.trainable)
+    products = profile.step_flops(compiled.trainable, ops="matmul")
+    parts = (
+        ("forward", _columns(step.forward, products.forward), Columns(*compiled.forward)),
+        ("backward", _columns(step.backward, products.backward), Columns(*compiled.backward)),
+        ("recompute", _columns(step.recompute, products.recompute), Columns(*compiled.recompute)),
+    )
+    of_eager = sum((eager for _, eager, _ in parts), Columns())
+    of_compiled = sum((priced for _, _, priced in parts), Columns())
+    return CompiledSummary(
+        tensors=len(compiled.trainable),
+        all_tensors=len(profile.names),
+        graphs=compiled.graphs,
+        parts=(*parts, ("total", of_eager, of_compiled)),
+        unsupported=compiled.unsupported,
+    )
+
+
+def _columns(everything: int, matmul: int) -> Columns:
+    return Columns(matmul, everything - matmul)
 
 
 def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...], tuple[ModuleCost, ...]]:

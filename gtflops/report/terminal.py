@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gtflops.profiling import Profile
-from gtflops.report.summary import share, shorten, summarise, visible
+from gtflops.report.summary import CompiledSummary, share, shorten, summarise, visible
 from gtflops.selection import Selection
 from gtflops.units import format_flops
 
@@ -62,12 +62,32 @@ def profile_tables(profile: Profile, top: int = 10) -> Group:
             format_flops(row.cost.backward.all),
             share(row.cost.full.all, full.all),
         )
+    compiled = () if summary.compiled is None else ("", _compiled_table(summary.compiled))
     uncertain = [Text(f"note: {visible(note)}", style="dim") for note in summary.notes]
     for op in summary.unsupported:
         where = ", ".join(visible(module) or "no submodule" for module in op.where)
         line = f"no price: {visible(op.name)}, {op.count:,} times, in {where}; counted as 0 here"
         uncertain.append(Text(line, style="bold red"))
-    return Group(totals, "", tensors, "", operators, *uncertain)
+    if summary.compiled is not None:
+        for name, count in summary.compiled.unsupported.items():
+            line = f"no price: {visible(name)}, {count:,} times, in the compiled graphs; counted as 0 there"
+            uncertain.append(Text(line, style="bold red"))
+    return Group(totals, *compiled, "", tensors, "", operators, *uncertain)
+
+
+def _compiled_table(compiled: CompiledSummary) -> Table:
+    """The eager prediction and what torch.compile would run, side by side."""
+    trained = f"{compiled.tensors:,} of {compiled.all_tensors:,} tensors trained"
+    table = _table(
+        f"Eager and torch.compile, {trained}", "Part", "Eager", "Compiled", "Matrix products, eager", "Compiled"
+    )
+    for part, eager, priced in compiled.parts:
+        columns = (eager.all, priced.all, eager.matmul, priced.matmul)
+        table.add_row(part, *(f"{flops:,}" for flops in columns), style="bold" if part == "total" else "")
+    table.caption = Text(
+        f"Forward graphs: {compiled.graphs:,}, before fusion; recompute: forward operators run again in backward"
+    )
+    return table
 
 
 def selection_table(selection: Selection) -> Table:
