@@ -250,11 +250,32 @@ class Profile:
             return StepFlops(int(forward_matmul), int(matmul), int(matmul_again))
         return StepFlops(int(forward_matmul + forward_other), int(matmul + other), int(matmul_again + other_again))
 
+    def step_flops_of_many(self, trainables: npt.NDArray[np.bool_], ops: Ops = "all") -> npt.NDArray[np.int64]:
+        """FLOPs of a step for many selections at once: int64 [selections, 3], forward, backward and recompute.
+
+        ``trainables`` is bool [selections, tensors], a row for each selection as :meth:`mask` gives it. InputError
+        for another shape or dtype.
+
+        >>> import gtflops, numpy
+        >>> profile = gtflops.profile("facebook/opt-125m", batch_size=1, seq_len=8)
+        >>> masks = numpy.eye(len(profile.tensors), dtype=bool)  # each tensor alone
+        >>> bool((profile.step_flops_of_many(masks).sum(axis=1) == profile.alone_flops).all())
+        True
+        """
+        _checked(ops)
+        width = len(self.names)
+        if not isinstance(trainables, np.ndarray) or trainables.dtype != np.bool_ or trainables.shape[1:] != (width,):
+            given = f"{trainables.dtype} {trainables.shape}" if isinstance(trainables, np.ndarray) else repr(trainables)
+            raise InputError(f"trainables is {given}, expected a bool array of shape (selections, {width})")
+        columns = self._closure.costs(trainables) + self._segments.always
+        by_phase = columns.reshape(-1, 2, 2)[..., 0] if ops == "matmul" else columns.reshape(-1, 2, 2).sum(axis=2)
+        forward = int(self._forward[0] if ops == "matmul" else self._forward.sum())
+        return np.column_stack([np.full(len(columns), forward, dtype=np.int64), by_phase])
+
     @cached_property
     def alone_flops(self) -> npt.NDArray[np.int64]:
         """FLOPs of a step in which only one tensor is trained, for each, aligned with ``tensors``."""
-        backward: npt.NDArray[np.int64] = self._closure.costs(np.eye(len(self.names), dtype=np.bool_)).sum(axis=1)
-        alone = self.step_flops("none").total + backward
+        alone: npt.NDArray[np.int64] = self.step_flops_of_many(np.eye(len(self.names), dtype=np.bool_)).sum(axis=1)
         alone.flags.writeable = False
         return alone
 

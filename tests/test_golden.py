@@ -65,13 +65,13 @@ def test_published_petaflops(full_petamacs: dict[str, Fraction], dataset: str, b
 
 def test_forward_by_fvcore() -> None:
     """A counter that shares no code with gtflops or with torch's agrees on the forward pass."""
-    from gtflops.recipes.demo import count_forward_by_fvcore
+    from gtflops.verification import count_forward_by_fvcore
     from small_models import build, padded_batch
 
     for family in ("llama", "opt", "gpt2"):
         model, batch = build(family), padded_batch()
         forward = gtflops.profile(model, batch).step_flops("none", ops="matmul").forward
-        assert count_forward_by_fvcore(model, batch) == forward
+        assert count_forward_by_fvcore(model, batch).flops == forward
 
 
 def test_every_language_model_preset_builds_without_weights() -> None:

@@ -17,6 +17,7 @@ import gtflops
 from gtflops import Profile
 from gtflops.graph import Graph, Phase
 from small_models import HalfUsed, build, padded_batch
+from zoo import ZOO
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +236,61 @@ def test_a_failed_write_keeps_the_old_file(profile: Profile, saved: Path, monkey
         profile.save(saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("ops", ["all", "matmul"])
+@pytest.mark.parametrize("name", ["llama-eager", "llama-checkpointed-with-input-gradients"])
+def test_many_selections_at_once_are_those_one_by_one(name: str, ops: Any) -> None:
+    case = ZOO[name]()
+    profile = gtflops.profile(case.model, case.batch)
+    masks = np.random.default_rng(3).random((20, len(profile.names))) < 0.3
+    masks[0] = False
+    many = profile.step_flops_of_many(masks, ops=ops)
+    one_by_one = [profile.step_flops(mask, ops=ops) for mask in masks]
+    assert many.tolist() == [[step.forward, step.backward, step.recompute] for step in one_by_one]
+    assert profile.step_flops_of_many(masks[:0]).shape == (0, 3)
+
+
+def test_masks_of_another_shape_are_refused() -> None:
+    profile = gtflops.profile(build("opt"), padded_batch())
+    for masks in (np.ones((2, 3), dtype=bool), np.ones((2, len(profile.names))), [[True]], np.ones(3, dtype=bool)):
+        with pytest.raises(gtflops.InputError, match=r"expected a bool array of shape \(selections, "):
+            profile.step_flops_of_many(masks)  # type: ignore[arg-type]
+
+
+def test_tables_by_operator_and_module_add_up() -> None:
+    case = ZOO["llama-sdpa-checkpointed"]()
+    profile = gtflops.profile(case.model, case.batch)
+    for names in (profile.names, profile.names[:3], profile.names[-1:]):
+        step = profile.step_flops(names)
+        by_operator = profile.by_operator(names).values()
+        assert step.forward == sum(row.forward for row in by_operator)
+        assert step.backward == sum(row.backward for row in by_operator)
+        assert step.recompute == sum(row.recompute for row in by_operator) > 0
+        by_module = profile.by_module(names)
+        assert by_module[""] == step
+        assert next(iter(by_module)) == ""
+        layers = [by_module[f"model.layers.{layer}"] for layer in range(3)]
+        assert sum(layer.total for layer in layers) == by_module["model.layers"].total
+    head = profile.by_module("all", ops="matmul")["lm_head"]
+    numel = profile.tensors[profile.names.index("lm_head.weight")].numel
+    assert (head.forward, head.backward) == (2 * 3 * 12 * numel, 2 * 2 * 3 * 12 * numel)
+
+
+def test_the_graph_keeps_lines_dtypes_and_memory() -> None:
+    profile = gtflops.profile(build("llama"), padded_batch())
+    digraph = profile.graph.to_networkx()
+    rotary = [node for node in profile.graph.nodes if node.call.op == "aten.cos.default"]
+    assert all("modeling_llama.py:" in node.source and node.module == "model.rotary_emb" for node in rotary)
+    assert rotary
+    product = next(index for index, node in enumerate(profile.graph.nodes) if node.call.op == "aten.mm.default")
+    attributes = digraph.nodes[product]
+    assert attributes["source"] == profile.graph.nodes[product].source
+    assert attributes["outputs"][0].dtype == "float32"
+    backward = [node for node in profile.graph.nodes if node.phase == "backward" and node.module.endswith("q_proj")]
+    assert {node.source for node in backward} <= {
+        node.source for node in profile.graph.nodes if node.phase == "forward"
+    }
+    for node in profile.graph.nodes:
+        if node.storage is not None and node.call.op == "aten.mm.default":
+            assert profile.graph.storage_bytes[node.storage] == 4 * node.call.output.numel
