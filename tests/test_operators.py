@@ -9,31 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gtflops
-from gtflops.capture.dispatch import OperatorMode, describe_call
 from gtflops.operators import TABLE, Call, Flops, FlopsByOutput, Kind, TensorType, lookup, price
+from operator_calls import calls_of, only
 from real_steps import executed_operators, predicted_operators, train_only
-
-
-def calls_of(function: object) -> list[Call]:
-    """The operator calls that a function really makes."""
-    calls: list[Call] = []
-
-    class Record(OperatorMode):
-        def observe(self, func, args, kwargs, result):  # type: ignore[no-untyped-def]
-            calls.append(describe_call(func, args, kwargs, result))
-
-    with Record():
-        function()  # type: ignore[operator]
-    return calls
-
-
-def only(op: str, function: object) -> Flops | FlopsByOutput:
-    """The price of the one call of ``op`` that a function makes."""
-    (call,) = [call for call in calls_of(function) if call.op.startswith(op)]
-    cost = price(call)
-    assert cost is not None
-    return cost
-
 
 size = st.integers(0, 6)
 
@@ -164,28 +142,49 @@ def test_in_place_and_overloads_share_an_entry() -> None:
 
 def test_an_unknown_operator_has_no_price() -> None:
     """Nothing is silently zero: what the table does not know is None, and the profile lists it."""
-    assert price(Call("aten.fft_r2c.default", (), (), (TensorType((2,), "float32"),))) is None
+    assert price(Call("aten._linalg_eigh.default", (), (), (TensorType((2,), "float32"),))) is None
 
-    class Fourier(torch.nn.Linear):
+    class Spectrum(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.fft.fft(super().forward(x)).abs().sum()
+            return torch.linalg.svdvals(super().forward(x)).sum()
 
-    profile = gtflops.profile(Fourier(4, 4), torch.ones(2, 4), lambda y, _: y)
-    listed = {op.name: op.count for op in profile.unsupported}
-    assert "aten._fft_r2c.default" in listed or "aten._fft_c2c.default" in listed
+    profile = gtflops.profile(Spectrum(4, 4), torch.ones(2, 4), lambda y, _: y)
+    assert [(op.name, op.count) for op in profile.unsupported] == [("aten._linalg_svd.default", 1)]
     importance = {"weight": 1.0, "bias": 1.0}
-    with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\._fft.*allow_unsupported=True"):
+    with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\._linalg_svd.*allow_unsupported=True"):
         gtflops.select(profile, importance, budget=1.0)
     assert gtflops.select(profile, importance, budget=1.0, allow_unsupported=True).flops <= profile.full_flops
 
 
 def test_the_table_is_whole() -> None:
-    """Every operator stands once and exists in torch, and every class has entries."""
+    """Every operator stands once and exists in torch, and every class and line says what it is."""
+    # What prims and transformers define is there once these are loaded.
+    import torch._inductor.inductor_prims
+    import torch._prims
+    import transformers.integrations.moe  # noqa: F401
+
     ops = [op for entry in TABLE for op in entry.ops]
     assert len(ops) == len(set(ops))
     assert {entry.kind for entry in TABLE} == set(Kind)
-    unknown = [op for op in ops if not hasattr(torch.ops.aten, op.removeprefix("aten."))]
+    unknown = [op for op in ops if not hasattr(getattr(torch.ops, op.partition(".")[0]), op.partition(".")[2])]
     assert unknown == []
+    assert all(entry.text and entry.source and entry.ops for entry in TABLE)
+    for kind in (Kind.FREE, Kind.RANDOM):
+        assert {entry.formula(Call("aten.view.default", (), (), ())) for entry in TABLE if entry.kind == kind} == {
+            Flops()
+        }
+
+
+def test_composite_operators_are_not_in_the_table() -> None:
+    """A composite is priced by its parts, which is what runs; a price of its own would hide them."""
+    composite = []
+    for op in (op for entry in TABLE for op in entry.ops if op.startswith("aten.")):
+        packet = getattr(torch.ops.aten, op.removeprefix("aten."))
+        names = [getattr(packet, overload).name() for overload in packet.overloads() if "out" not in overload]
+        known = [name for name in names if torch._C._dispatch_has_kernel(name)]  # TorchScript's scalars are not
+        if all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd") for name in known):
+            composite.append(op)
+    assert composite == ["aten._fused_rms_norm"]  # it has kernels of its own on accelerators
 
 
 def test_composite_operators_are_taken_apart() -> None:

@@ -32,7 +32,7 @@ def convolution(call: Call) -> Flops:
 
 
 def backend_convolution(call: Call) -> Flops:
-    """A back-end's own convolution, never transposed; its bias, where its schema has one, is added by another call."""
+    """A back-end's own convolution, never transposed, without a bias."""
     return Flops(matmul=multiply_adds(call, _multiply_adds(call.output.shape, call.shape(0), call.shape(1), False)))
 
 

@@ -20,8 +20,8 @@ ENTRIES: tuple[Entry, ...] = (
         """view _unsafe_view _reshape_alias t transpose permute expand unsqueeze squeeze slice
         select split split_with_sizes unsafe_split unsafe_split_with_sizes unbind as_strided detach alias diagonal
         unfold view_as_real view_as_complex lift_fresh lift _conj _neg_view slice_inverse values indices _values
-        _indices _nested_view_from_jagged _nested_view_from_buffer _nested_get_values _nested_get_offsets _nested_get_lengths
-        _nested_get_ragged_idx _nested_get_min_seqlen _nested_get_max_seqlen
+        _indices _nested_view_from_jagged _nested_view_from_buffer _nested_get_values _nested_get_offsets
+        _nested_get_lengths _nested_get_ragged_idx _nested_get_min_seqlen _nested_get_max_seqlen
         prims.as_strided prims.broadcast_in_dim prims.collapse_view prims.collapse prims.squeeze prims.split_dim
         prims.transpose prims.reshape prims.view_of prims.view_of_dtype prims.real prims.imag""",
         "views",

@@ -2,15 +2,15 @@
 
 from math import prod
 
-from gtflops.operators.call import Call, TensorType
+from gtflops.operators.call import Call
 from gtflops.operators.cost import (
     FLOP_COUNTER,
     Entry,
     Flops,
+    Formula,
     Kind,
     components,
     entry,
-    is_floating,
     multiply_adds,
     tensor,
 )
@@ -85,14 +85,21 @@ def _packed(call: Call) -> int:
     return 2 if tensor(call, 0, "self").dtype.endswith("_x2") else 1
 
 
-def scaled_mm(call: Call) -> Flops:
-    """(m, k) @ (k, n) of scaled 8- or 4-bit floats; one scale for operands and one bias an element that comes out.
+def scaled_mm(bias: int) -> Formula:
+    """(m, k) @ (k, n) of scaled 8- or 4-bit floats.
 
-    The scales multiply the result (2 an element: one for each operand), the bias is one addition.
+    The scales multiply the result (2 an element: one for each operand), the bias, argument ``bias``, is one addition.
     """
-    (m, k), (_, n) = call.shape(0), call.shape(1)
-    bias = int(call.argument(4, "bias") is not None)
-    return Flops(2 * m * k * _packed(call) * n, (2 + bias) * call.output.numel)
+
+    def formula(call: Call) -> Flops:
+        (m, k), (_, n) = call.shape(0), call.shape(1)
+        return Flops(2 * m * k * _packed(call) * n, _scales_and_bias(call, bias))
+
+    return formula
+
+
+def _scales_and_bias(call: Call, bias: int) -> int:
+    return (2 + (call.argument(bias, "bias") is not None)) * call.output.numel
 
 
 def _grouped_multiply_adds(a: tuple[int, ...], b: tuple[int, ...]) -> int:
@@ -111,11 +118,14 @@ def grouped_mm(call: Call) -> Flops:
     return Flops(products, call.output.numel if call.argument(3, "bias") is not None else 0)
 
 
-def scaled_grouped_mm(call: Call) -> Flops:
+def scaled_grouped_mm(bias: int) -> Formula:
     """As ``_grouped_mm``, of scaled 8- or 4-bit floats; scales and bias as in ``_scaled_mm``."""
-    bias = int(call.argument(5, "bias") is not None and call.op.startswith("aten._scaled_grouped_mm."))
-    macs = _grouped_multiply_adds(call.shape(0), call.shape(1)) * _packed(call)
-    return Flops(2 * macs, (2 + bias) * call.output.numel)
+
+    def formula(call: Call) -> Flops:
+        macs = _grouped_multiply_adds(call.shape(0), call.shape(1)) * _packed(call)
+        return Flops(2 * macs, _scales_and_bias(call, bias))
+
+    return formula
 
 
 def grouped_mm_backward(call: Call) -> Flops:
@@ -167,13 +177,9 @@ def euclidean_distances(call: Call) -> Flops:
 
 
 def weight_only_mm(call: Call) -> Flops:
-    """(m, k) floats @ n rows of integers: 2 m k n, and one scale (two with zero points) a weight is not counted.
-
-    The scale of an output channel multiplies the result: one an element.
-    """
-    a = tensor(call, 0, "self")
-    result: TensorType = call.output
-    return Flops(2 * result.numel * a.shape[-1], result.numel if is_floating(call) else 0)
+    """(m, k) floats @ n rows of 8-bit integers; the scale of an output channel multiplies the result."""
+    (m, k), n = call.shape(0), call.shape(1)[0]
+    return Flops(2 * m * k * n, m * n)
 
 
 def affine_grid(call: Call) -> Flops:
@@ -193,7 +199,8 @@ ENTRIES: tuple[Entry, ...] = (
     entry(Kind.MATRIX_PRODUCT, mv, "mv", "2 m k"),
     entry(Kind.MATRIX_PRODUCT, addmv, "addmv", "2 m k; other: y"),
     entry(Kind.MATRIX_PRODUCT, dot, "dot vdot", "2 k"),
-    entry(Kind.MATRIX_PRODUCT, scaled_mm, "_scaled_mm", "2 m k n; other: 2 y (bias: 3 y)", FLOP_COUNTER),
+    entry(Kind.MATRIX_PRODUCT, scaled_mm(4), "_scaled_mm", "2 m k n; other: 2 y (bias: 3 y)", FLOP_COUNTER),
+    entry(Kind.MATRIX_PRODUCT, scaled_mm(8), "_scaled_mm_v2", "2 m k n; other: 2 y (bias: 3 y)"),
     entry(
         Kind.MATRIX_PRODUCT,
         grouped_mm,
@@ -206,7 +213,8 @@ ENTRIES: tuple[Entry, ...] = (
         "transformers.grouped_mm_fallback_backward",
         "4 T k n: both gradients at once",
     ),
-    entry(Kind.MATRIX_PRODUCT, scaled_grouped_mm, "_scaled_grouped_mm", "2 T k n; other: 2 y (bias: 3 y)"),
+    entry(Kind.MATRIX_PRODUCT, scaled_grouped_mm(5), "_scaled_grouped_mm", "2 T k n; other: 2 y (bias: 3 y)"),
+    entry(Kind.MATRIX_PRODUCT, scaled_grouped_mm(9), "_scaled_grouped_mm_v2", "2 T k n; other: 2 y (bias: 3 y)"),
     entry(Kind.MATRIX_PRODUCT, weight_only_mm, "_weight_int8pack_mm", "2 m k n; other: y"),
     entry(Kind.MATRIX_PRODUCT, trilinear, "_trilinear", "nn.Bilinear: 2 B O I J + 2 B O J"),
     entry(
