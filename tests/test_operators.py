@@ -1,5 +1,7 @@
 """Formulas against closed forms written out here, and against a naive count."""
 
+import random
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -72,22 +74,78 @@ def test_convolutions(module: torch.nn.Module, inner: tuple[int, ...], outer: tu
     assert backward == FlopsByOutput(Flops(), (Flops(products), Flops(products), Flops(other=prod(outer))))
 
 
-def test_vision_networks_are_exact_for_every_selection() -> None:
-    from itertools import product
+class First(torch.nn.Module):
+    """The first output of a module that has several."""
 
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)[0]
+
+
+class Warped(torch.nn.Module):
+    """Samples an image where a trained map says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = torch.nn.Parameter(torch.randn(2, 3, 5, 5))
+        self.grid = torch.nn.Parameter(torch.zeros(2, 4, 4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.grid_sample(self.image, self.grid, align_corners=False) + x.mean()
+
+
+nn = torch.nn
+NETWORKS = [
+    (
+        [nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.GroupNorm(2, 2)],
+        (2, 2, 5, 5),
+    ),
+    ([nn.ConvTranspose2d(2, 4, 3, groups=2), nn.MaxPool2d(2), nn.PReLU(4), nn.Upsample(scale_factor=2)], (2, 2, 5, 5)),
+    (
+        [nn.Conv3d(2, 3, 2, dilation=2), nn.AdaptiveAvgPool3d(2), nn.Softplus(), nn.InstanceNorm3d(3, affine=True)],
+        (2, 2, 5, 5, 5),
+    ),
+    ([First(nn.LSTM(4, 3, bidirectional=True)), nn.LayerNorm(6)], (5, 2, 4)),
+    ([First(nn.GRU(4, 3)), First(nn.RNN(3, 2))], (5, 2, 4)),
+    ([nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.GLU(), nn.Linear(3, 2)], (5, 4)),
+    (
+        [
+            nn.Linear(4, 4),
+            nn.RMSNorm(4),
+            nn.Unflatten(1, (1, 2, 2)),
+            nn.Unfold(2),
+            nn.ELU(),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        ],
+        (5, 4),
+    ),
+    ([Warped(), nn.Conv2d(3, 2, 3)], (2, 3)),
+]
+
+
+@pytest.mark.parametrize(("layers", "shape"), NETWORKS, ids=lambda value: type(value[0]).__name__)
+@pytest.mark.parametrize("training", [True, False])
+def test_networks_are_exact_for_every_selection(
+    layers: list[nn.Module], shape: tuple[int, ...], training: bool
+) -> None:
     def loss(outputs: torch.Tensor, _: Any) -> torch.Tensor:
         return outputs.square().mean()
 
-    layers = [torch.nn.Conv2d(2, 4, 3, groups=2), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)]
-    x = torch.randn(2, 2, 5, 5)
-    for training in (True, False):
-        model = torch.nn.Sequential(*layers, torch.nn.GroupNorm(2, 2)).train(training)
-        profile = gtflops.profile(model, x, loss)
-        for chosen in product([False, True], repeat=len(profile.names)):
-            names = [name for name, wanted in zip(profile.names, chosen, strict=True) if wanted]
-            if names:
-                train_only(model, names)
-                assert executed_operators(model, x, loss) == predicted_operators(profile, names), names
+    model, x = nn.Sequential(*layers).train(training), torch.randn(shape)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    profile = gtflops.profile(model, x, loss)
+    assert profile.unsupported == ()
+    selections = list(product([False, True], repeat=len(profile.names)))
+    for chosen in random.Random(0).sample(selections, min(64, len(selections))):
+        names = [name for name, wanted in zip(profile.names, chosen, strict=True) if wanted]
+        if names:
+            train_only(model, names)
+            assert executed_operators(model, x, loss) == predicted_operators(profile, names), names
 
 
 def test_gelu_by_its_form() -> None:

@@ -53,7 +53,7 @@ ENTRIES: tuple[Entry, ...] = (
         _nested_from_padded _nested_from_padded_tensor _jagged_to_padded_dense_forward _padded_dense_to_jagged_forward
         to_padded_tensor _to_dense _cudnn_rnn_flatten_weight _foreach_copy _foreach_clone
         view_copy expand_copy permute_copy slice_copy select_copy split_copy split_with_sizes_copy squeeze_copy
-        transpose_copy t_copy unsqueeze_copy unbind_copy unfold_copy alias_copy detach_copy
+        lift_fresh_copy transpose_copy t_copy unsqueeze_copy unbind_copy unfold_copy alias_copy detach_copy
         prims.clone prims.cat prims.where prims.copy_to prims.copy_strided prims.as_strided_scatter prims.rev
         prims.convert_element_type prims.device_put prims.inductor_force_stride_order
         prims._low_memory_max_pool_offsets_to_indices""",
