@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         UnsupportedOperatorError,
     )
     from gtflops.importance import measure_importance
+    from gtflops.operators import register_flops
     from gtflops.profiling import Profile, StepFlops, TensorCost, profile
     from gtflops.selection import Selection, select
     from gtflops.solver import KnapsackResult, knapsack
@@ -37,6 +38,7 @@ _HOME = {
     "knapsack": "solver",
     "measure_importance": "importance",
     "profile": "profiling",
+    "register_flops": "operators",
     "select": "selection",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "knapsack",
     "measure_importance",
     "profile",
+    "register_flops",
     "select",
 ]
 

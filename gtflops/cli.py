@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gtflops.errors import GtflopsError, InputError
+from gtflops.operators import Entry, Kind
 
 if TYPE_CHECKING:
     from gtflops.profiling import Profile
@@ -183,6 +184,40 @@ def select_command(
     _say_written(html)
 
 
+@app.command("ops")
+def ops_command(
+    model: Annotated[
+        str | None, typer.Option(help="List what this model uses: a saved profile, a folder, a preset or an id.")
+    ] = None,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 512,
+    attention: AttentionOption = Attention.EAGER,
+    kind: Annotated[Kind | None, typer.Option(help="Only operators of this class.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The operators that have a price, their formulas and where these are from; or what a model uses of them.
+
+    Example: gtflops ops --model facebook/opt-125m --seq-len 128
+    """
+    from gtflops.operators import TABLE
+    from gtflops.report.summary import summarise
+    from gtflops.report.terminal import operators_table, used_operators_table
+
+    if model is None:
+        entries = [entry for entry in TABLE if kind in (None, entry.kind)]
+        if as_json:
+            _print_json([_entry_json(entry) for entry in entries])
+        else:
+            _print_wide(operators_table(entries))
+        return
+    costs = _profile(model, batch_size, seq_len, attention)
+    if as_json:
+        operators = summarise(costs).to_json()["operators"]
+        _print_json([row for row in operators if row["kind"] is None or kind in (None, row["kind"])])
+    else:
+        _print_wide(used_operators_table(costs, kind))
+
+
 @app.command("train")
 def train_command(
     model: Annotated[str, typer.Argument(help="'smollm2', a local folder, or a Hugging Face id, with weights.")],
@@ -301,6 +336,15 @@ def demo_command(
 
 
 # --- what is printed --------------------------------------------------------------------------------------------
+
+
+def _print_wide(table: RenderableType) -> None:
+    """In a pipe there is no width to keep to, and names of operators stay whole."""
+    (out if out.is_terminal else Console(width=200)).print(table)
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    return {"operators": entry.ops, "kind": entry.kind, "formula": entry.text, "source": entry.source}
 
 
 def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:

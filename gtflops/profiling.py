@@ -128,7 +128,7 @@ class Profile:
                 continue
             if node.call.op == GETITEM:
                 (position,) = node.call.args
-                made_by = cache[id(graph.nodes[node.inputs[0]].call)]
+                made_by = cache.get(id(graph.nodes[node.inputs[0]].call))  # none for a part of a part
                 if isinstance(made_by, FlopsByOutput):
                     assert isinstance(position, int)
                     prices[:, index] = made_by.outputs[position]

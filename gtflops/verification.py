@@ -178,9 +178,18 @@ def _packet(op: str) -> str:
     return ".".join(op.split(".")[:2]).removesuffix("_")
 
 
+# PyTorch runs one or the other, at the same FLOPs, by whether a tensor requires a gradient.
+_TWINS = (("aten.mm", "aten.bmm"), ("aten._embedding_bag", "aten._embedding_bag_forward_only"))
+
+
 def _differences(predicted: Counter[str], other: Counter[str]) -> tuple[Difference, ...]:
-    found = (Difference(op, predicted[op], other[op]) for op in sorted(predicted.keys() | other.keys()))
+    equal = {op for twins in _TWINS if _sum(predicted, twins) == _sum(other, twins) for op in twins}
+    found = (Difference(op, predicted[op], other[op]) for op in sorted((predicted.keys() | other.keys()) - equal))
     return tuple(difference for difference in found if difference.predicted != difference.other)
+
+
+def _sum(counts: Counter[str], ops: Iterable[str]) -> int:
+    return sum(counts[op] for op in ops)
 
 
 class _Counting(OperatorMode):

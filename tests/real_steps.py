@@ -12,7 +12,7 @@ from gtflops import Profile
 from gtflops.capture import call_model, loss_of
 from gtflops.capture.dispatch import OperatorMode, describe_call
 from gtflops.graph import GETITEM, Phase
-from gtflops.operators import Flops, FlopsByOutput, price
+from gtflops.operators import Call, Flops, FlopsByOutput, price
 
 
 def train_only(model: torch.nn.Module, names: Collection[str]) -> None:
@@ -31,6 +31,11 @@ def counted_by_pytorch(model: torch.nn.Module, batch: Any, loss: Any = None) -> 
     return forward, counter.get_total_flops() - forward
 
 
+def shapes_of(call: Call) -> tuple[tuple[int, ...], ...]:
+    """Of what goes in, without scratch memory (bytes), whose size is a back-end's own and unknown to a fake kernel."""
+    return tuple(tensor.shape for tensor in call.tensors() if tensor.dtype != "uint8")
+
+
 class PricedOperators(OperatorMode):
     """The multiset of operators that ran and cost something: op, input shapes, price of what it returned."""
 
@@ -45,7 +50,7 @@ class PricedOperators(OperatorMode):
         if isinstance(cost, FlopsByOutput):
             cost = cost.executed(call)
         if any(cost):
-            self.seen[call.op.replace("_.", "."), tuple(tensor.shape for tensor in call.tensors()), cost] += 1
+            self.seen[call.op.replace("_.", "."), shapes_of(call), cost] += 1
 
 
 def executed_operators(model: torch.nn.Module, batch: Any, loss: Any = None) -> Counter[Any]:
@@ -85,7 +90,7 @@ def predicted_operators(profile: Profile, names: Collection[str]) -> Counter[Any
         before = cost_of.get(operator, Flops())
         cost_of[operator] = Flops(before.matmul + flops.matmul, before.other + flops.other)
     return Counter(
-        (nodes[index].call.op.replace("_.", "."), tuple(tensor.shape for tensor in nodes[index].call.tensors()), cost)
+        (nodes[index].call.op.replace("_.", "."), shapes_of(nodes[index].call), cost)
         for index, cost in cost_of.items()
         if any(cost)
     )

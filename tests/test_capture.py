@@ -365,8 +365,31 @@ def test_a_folded_product_is_noted() -> None:
     model = torch.nn.Linear(4, 4, bias=False)
     x = torch.ones(2, 3, 4).transpose(0, 1)
     profile = gtflops.profile(model, x, squared)
-    assert ["one product (mm)" in note for note in profile.notes] == [True]
+    assert ["another name, at the same FLOPs" in note for note in profile.notes] == [True]
     assert gtflops.profile(model, x.contiguous(), squared).notes == ()
+
+
+def test_an_output_that_is_a_list_of_tensors() -> None:
+    """As the weight gradients of cuDNN's recurrent layers: what reads one depends on the operator that made it."""
+
+    @torch.library.custom_op("gtflops_test::halves", mutates_args=())
+    def halves(x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return x.sum(), [x[:1].clone(), x[1:].clone()]
+
+    @halves.register_fake
+    def _(x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return x.new_empty(()), [torch.empty_like(x[:1]), torch.empty_like(x[1:])]
+
+    class Halving(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(halves(x)[1][1])
+
+    graph = gtflops.profile(Halving(4, 4), torch.ones(3, 4), squared).graph
+    product = next(node for node in graph.nodes if node.call.op == "aten.addmm.default")
+    (element,) = [graph.nodes[index] for index in product.inputs if graph.nodes[index].call.op == "getitem"]
+    assert (element.call.args, element.call.output.shape) == ((1,), (2, 4))
+    (part,) = [graph.nodes[index] for index in element.inputs]
+    assert graph.nodes[part.inputs[0]].call.op == "gtflops_test.halves.default"
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gtflops
+import gtflops.operators
 from small_models import build
 
 
@@ -122,9 +123,47 @@ def test_train(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     assert "validation loss after" in table
 
 
+def test_ops_lists_the_table() -> None:
+    attention = run("ops", "--kind", "attention").stdout
+    assert "_scaled_dot_product_flash_attention_for_cpu_backward" in attention
+    assert "2 s (3 d + 2 e), all gradients at once; other: 8 s" in attention
+    assert "native_layer_norm" not in attention
+    listed = json.loads(run("ops", "--json").stdout)
+    assert {"operators": ["aten.mm"], "kind": "matrix product", "formula": "2 m k n"}.items() <= listed[0].items()
+    assert len(listed) == len(gtflops.operators.TABLE)
+
+
+def test_ops_lists_what_a_model_uses(saved: Path) -> None:
+    profile = gtflops.Profile.load(saved)
+    calls = [node.call.op for node in profile.graph.nodes if node.phase == "forward"]
+    rows = {row["name"]: row for row in json.loads(run("ops", "--model", saved, "--json").stdout)}
+    assert rows["aten.addmm.default"]["forward_count"] == calls.count("aten.addmm.default") == 48
+    assert rows["aten.addmm.default"]["count"] == 48
+    assert sum(row["flops"]["full"]["all"] for row in rows.values()) == profile.full_flops
+    table = run("ops", "--model", saved).stdout
+    assert "Every operator has a price or does no floating-point work." in table
+    assert "aten._log_softmax_backward_data.default" in table
+    assert "aten.addmm.default" not in run("ops", "--model", saved, "--kind", "free").stdout
+
+
+def test_ops_names_what_has_no_price_first(tmp_path: Path) -> None:
+    class Spectrum(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.svdvals(super().forward(x)).sum()
+
+    path = tmp_path / "spectrum.json"
+    gtflops.profile(Spectrum(4, 4), torch.ones(2, 4), lambda y, _: y).save(path)
+    lines = run("ops", "--model", path, "--kind", "matrix product").stdout.splitlines()
+    (unpriced,) = [line for line in lines if "_linalg_svd" in line]
+    (product,) = [line for line in lines if "aten.addmm.default" in line]
+    assert lines.index(unpriced) < lines.index(product)
+    assert unpriced.split()[:4] == ["aten._linalg_svd.default", "no", "price", "1"]
+    assert "1 operators have no price, so what the step costs is not known; gtflops.register_flops" in lines[-1]
+
+
 def test_help_names_every_command_and_gives_examples() -> None:
     listed = run("--help").stdout
-    for command in ("profile", "select", "train", "demo"):
+    for command in ("profile", "select", "ops", "train", "demo"):
         assert command in listed
         assert "Example: gtflops" in run(command, "--help").stdout
     assert run("--version").stdout.startswith("gtflops ")

@@ -42,7 +42,7 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_importing_the_package_takes_less_than_200_ms() -> None:
-    """Of the best of five processes, beyond what an interpreter takes; nothing of it is loaded, so some 5 ms are due."""
+    """In the best of five processes; it loads nothing yet, so that some 5 ms are due."""
     code = "import time; start = time.perf_counter(); import gtflops; print(time.perf_counter() - start)"
     seconds = [
         float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout) for _ in range(5)

@@ -1,5 +1,7 @@
 """Formulas against closed forms written out here, and against a naive count."""
 
+import random
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -9,31 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gtflops
-from gtflops.capture.dispatch import OperatorMode, describe_call
 from gtflops.operators import TABLE, Call, Flops, FlopsByOutput, Kind, TensorType, lookup, price
+from operator_calls import calls_of, only
 from real_steps import executed_operators, predicted_operators, train_only
-
-
-def calls_of(function: object) -> list[Call]:
-    """The operator calls that a function really makes."""
-    calls: list[Call] = []
-
-    class Record(OperatorMode):
-        def observe(self, func, args, kwargs, result):  # type: ignore[no-untyped-def]
-            calls.append(describe_call(func, args, kwargs, result))
-
-    with Record():
-        function()  # type: ignore[operator]
-    return calls
-
-
-def only(op: str, function: object) -> Flops | FlopsByOutput:
-    """The price of the one call of ``op`` that a function makes."""
-    (call,) = [call for call in calls_of(function) if call.op.startswith(op)]
-    cost = price(call)
-    assert cost is not None
-    return cost
-
 
 size = st.integers(0, 6)
 
@@ -94,22 +74,78 @@ def test_convolutions(module: torch.nn.Module, inner: tuple[int, ...], outer: tu
     assert backward == FlopsByOutput(Flops(), (Flops(products), Flops(products), Flops(other=prod(outer))))
 
 
-def test_vision_networks_are_exact_for_every_selection() -> None:
-    from itertools import product
+class First(torch.nn.Module):
+    """The first output of a module that has several."""
 
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)[0]
+
+
+class Warped(torch.nn.Module):
+    """Samples an image where a trained map says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = torch.nn.Parameter(torch.randn(2, 3, 5, 5))
+        self.grid = torch.nn.Parameter(torch.zeros(2, 4, 4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.grid_sample(self.image, self.grid, align_corners=False) + x.mean()
+
+
+nn = torch.nn
+NETWORKS = [
+    (
+        [nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.GroupNorm(2, 2)],
+        (2, 2, 5, 5),
+    ),
+    ([nn.ConvTranspose2d(2, 4, 3, groups=2), nn.MaxPool2d(2), nn.PReLU(4), nn.Upsample(scale_factor=2)], (2, 2, 5, 5)),
+    (
+        [nn.Conv3d(2, 3, 2, dilation=2), nn.AdaptiveAvgPool3d(2), nn.Softplus(), nn.InstanceNorm3d(3, affine=True)],
+        (2, 2, 5, 5, 5),
+    ),
+    ([First(nn.LSTM(4, 3, bidirectional=True)), nn.LayerNorm(6)], (5, 2, 4)),
+    ([First(nn.GRU(4, 3)), First(nn.RNN(3, 2))], (5, 2, 4)),
+    ([nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.GLU(), nn.Linear(3, 2)], (5, 4)),
+    (
+        [
+            nn.Linear(4, 4),
+            nn.RMSNorm(4),
+            nn.Unflatten(1, (1, 2, 2)),
+            nn.Unfold(2),
+            nn.ELU(),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        ],
+        (5, 4),
+    ),
+    ([Warped(), nn.Conv2d(3, 2, 3)], (2, 3)),
+]
+
+
+@pytest.mark.parametrize(("layers", "shape"), NETWORKS, ids=lambda value: type(value[0]).__name__)
+@pytest.mark.parametrize("training", [True, False])
+def test_networks_are_exact_for_every_selection(
+    layers: list[nn.Module], shape: tuple[int, ...], training: bool
+) -> None:
     def loss(outputs: torch.Tensor, _: Any) -> torch.Tensor:
         return outputs.square().mean()
 
-    layers = [torch.nn.Conv2d(2, 4, 3, groups=2), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)]
-    x = torch.randn(2, 2, 5, 5)
-    for training in (True, False):
-        model = torch.nn.Sequential(*layers, torch.nn.GroupNorm(2, 2)).train(training)
-        profile = gtflops.profile(model, x, loss)
-        for chosen in product([False, True], repeat=len(profile.names)):
-            names = [name for name, wanted in zip(profile.names, chosen, strict=True) if wanted]
-            if names:
-                train_only(model, names)
-                assert executed_operators(model, x, loss) == predicted_operators(profile, names), names
+    model, x = nn.Sequential(*layers).train(training), torch.randn(shape)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    profile = gtflops.profile(model, x, loss)
+    assert profile.unsupported == ()
+    selections = list(product([False, True], repeat=len(profile.names)))
+    for chosen in random.Random(0).sample(selections, min(64, len(selections))):
+        names = [name for name, wanted in zip(profile.names, chosen, strict=True) if wanted]
+        if names:
+            train_only(model, names)
+            assert executed_operators(model, x, loss) == predicted_operators(profile, names), names
 
 
 def test_gelu_by_its_form() -> None:
@@ -164,28 +200,49 @@ def test_in_place_and_overloads_share_an_entry() -> None:
 
 def test_an_unknown_operator_has_no_price() -> None:
     """Nothing is silently zero: what the table does not know is None, and the profile lists it."""
-    assert price(Call("aten.fft_r2c.default", (), (), (TensorType((2,), "float32"),))) is None
+    assert price(Call("aten._linalg_eigh.default", (), (), (TensorType((2,), "float32"),))) is None
 
-    class Fourier(torch.nn.Linear):
+    class Spectrum(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.fft.fft(super().forward(x)).abs().sum()
+            return torch.linalg.svdvals(super().forward(x)).sum()
 
-    profile = gtflops.profile(Fourier(4, 4), torch.ones(2, 4), lambda y, _: y)
-    listed = {op.name: op.count for op in profile.unsupported}
-    assert "aten._fft_r2c.default" in listed or "aten._fft_c2c.default" in listed
+    profile = gtflops.profile(Spectrum(4, 4), torch.ones(2, 4), lambda y, _: y)
+    assert [(op.name, op.count) for op in profile.unsupported] == [("aten._linalg_svd.default", 1)]
     importance = {"weight": 1.0, "bias": 1.0}
-    with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\._fft.*allow_unsupported=True"):
+    with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\._linalg_svd.*allow_unsupported=True"):
         gtflops.select(profile, importance, budget=1.0)
     assert gtflops.select(profile, importance, budget=1.0, allow_unsupported=True).flops <= profile.full_flops
 
 
 def test_the_table_is_whole() -> None:
-    """Every operator stands once and exists in torch, and every class has entries."""
+    """Every operator stands once and exists in torch, and every class and line says what it is."""
+    # What prims and transformers define is there once these are loaded.
+    import torch._inductor.inductor_prims
+    import torch._prims
+    import transformers.integrations.moe  # noqa: F401
+
     ops = [op for entry in TABLE for op in entry.ops]
     assert len(ops) == len(set(ops))
     assert {entry.kind for entry in TABLE} == set(Kind)
-    unknown = [op for op in ops if not hasattr(torch.ops.aten, op.removeprefix("aten."))]
+    unknown = [op for op in ops if not hasattr(getattr(torch.ops, op.partition(".")[0]), op.partition(".")[2])]
     assert unknown == []
+    assert all(entry.text and entry.source and entry.ops for entry in TABLE)
+    for kind in (Kind.FREE, Kind.RANDOM):
+        assert {entry.formula(Call("aten.view.default", (), (), ())) for entry in TABLE if entry.kind == kind} == {
+            Flops()
+        }
+
+
+def test_composite_operators_are_not_in_the_table() -> None:
+    """A composite is priced by its parts, which is what runs; a price of its own would hide them."""
+    composite = []
+    for op in (op for entry in TABLE for op in entry.ops if op.startswith("aten.")):
+        packet = getattr(torch.ops.aten, op.removeprefix("aten."))
+        names = [getattr(packet, overload).name() for overload in packet.overloads() if "out" not in overload]
+        known = [name for name in names if torch._C._dispatch_has_kernel(name)]  # TorchScript's scalars are not
+        if all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd") for name in known):
+            composite.append(op)
+    assert composite == ["aten._fused_rms_norm"]  # it has kernels of its own on accelerators
 
 
 def test_composite_operators_are_taken_apart() -> None:

@@ -72,6 +72,13 @@ def test_what_other_counters_lack_is_explained() -> None:
     assert "aten.convolution_backward: PyTorch's counter has another formula for it" in told
 
 
+@pytest.mark.parametrize("name", ["multihead-attention-batch-first", "embedding-bag", "lstm-two-layers"])
+def test_operators_under_another_name_are_no_difference(name: str) -> None:
+    case = ZOO[name]()
+    found = gtflops.profile(case.model, case.batch, case.loss).verify(case.model, case.batch, case.loss)
+    assert found.exact
+
+
 def test_the_model_is_left_as_it_was() -> None:
     case = ZOO["resnet-train"]()
     model = case.model

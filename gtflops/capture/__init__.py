@@ -2,8 +2,12 @@
 
 from gtflops.capture.architectures import Architecture, architecture, presets
 from gtflops.capture.dispatch import ExecutedFlops
+from gtflops.capture.torch_formulas import torch_formula
 from gtflops.capture.tracing import Loss, Trace, batch_types, call_model, loss_of, trace
 from gtflops.capture.unchanged import unchanged
+from gtflops.operators import add_fallback
+
+add_fallback(torch_formula)
 
 __all__ = [
     "Architecture",

@@ -29,10 +29,13 @@ def _qualified_name(func: torch._ops.OpOverload) -> str:
 
 
 @cache
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
 def _is_taken_apart(func: torch._ops.OpOverload) -> bool:
-    """Whether an operator is a composite of others that the table has no price for as a whole."""
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    return bool(composite) and lookup(_qualified_name(func)) is None
+    """Whether an operator is a composite of others that has no price as a whole; the user may give it one."""
+    return _is_composite(func) and lookup(_qualified_name(func)) is None
 
 
 @cache

@@ -92,12 +92,21 @@ class Recorder(OperatorMode):
             self._last_write[_storage(written) or id(written)] = node
         if isinstance(result, torch.Tensor):
             self._keep(result, node)
-            return
-        for position, output in enumerate(outputs_of(result)):
+        else:
+            self._keep_parts(result, node, phase, origin)
+
+    def _keep_parts(self, results: Any, node: torch.fx.Node, phase: Phase, origin: Origin) -> None:
+        """A node for each output of an operator with several, and for each tensor of an output that is a list."""
+        for position, output in enumerate(outputs_of(results)):
+            if not isinstance(output, (torch.Tensor, list, tuple)):
+                continue
+            part = self.graph.call_function(operator.getitem, (node, position))
+            types = (tensor_type(output),) if isinstance(output, torch.Tensor) else ()
+            self._describe(part, Call(GETITEM, (position,), (), types), phase, origin)
             if isinstance(output, torch.Tensor):
-                part = self.graph.call_function(operator.getitem, (node, position))
-                self._describe(part, Call(GETITEM, (position,), (), (tensor_type(output),)), phase, origin)
                 self._keep(output, part)
+            else:
+                self._keep_parts(output, part, phase, origin)
 
     def _describe(
         self, node: torch.fx.Node, call: Call, phase: Phase, origin: Origin, after: tuple[torch.fx.Node, ...] = ()

@@ -257,10 +257,10 @@ def _notes(
         )
     if recorder.values.asked:
         notes.append("the code asks for values of the batch: the operators are those of the batch that was given")
-    if folded := sum(_is_folded(node) for node in recorder.graph.nodes):
+    if renamed := sum(_is_renamed_if_frozen(node) for node in recorder.graph.nodes):
         notes.append(
-            f"{folded} products by a matrix are one product (mm) where the matrix is trained and may be a batch of "
-            "products (bmm) of the same FLOPs where it is frozen: PyTorch decides by requires_grad"
+            f"{renamed} operators have another name, at the same FLOPs, where the tensor that they take is frozen: mm, "
+            "a product by a matrix, may be bmm, a batch of products; _embedding_bag is _embedding_bag_forward_only"
         )
     hooked = [name for name, tensor in parameters.items() if tensor._backward_hooks]
     if hooked:
@@ -271,10 +271,13 @@ def _notes(
     return tuple(notes)
 
 
-def _is_folded(node: torch.fx.Node) -> bool:
-    """Whether a matrix product copied its left side to make it one: ``torch.matmul`` does for a matrix that trains."""
-    if node.target is not torch.ops.aten.mm.default or node.meta["phase"] is not Phase.FORWARD:
-        return False
+def _is_renamed_if_frozen(node: torch.fx.Node) -> bool:
+    """Whether PyTorch chooses this operator because a tensor requires a gradient.
+
+    ``torch.matmul`` copies its left side to make one product of a batch of them, if the right side is trained.
+    """
+    if node.meta["phase"] is not Phase.FORWARD or node.target is not torch.ops.aten.mm.default:
+        return node.target is torch.ops.aten._embedding_bag.default
     left = node.args[0]
     if not (isinstance(left, torch.fx.Node) and left.target is torch.ops.aten._unsafe_view.default):
         return False

@@ -25,6 +25,10 @@ class TensorType:
     def is_floating(self) -> bool:
         return self.dtype.startswith(("float", "bfloat", "complex"))
 
+    @property
+    def is_complex(self) -> bool:
+        return self.dtype.startswith("complex")
+
 
 Argument: TypeAlias = "TensorType | int | float | bool | str | tuple[Argument, ...] | None"
 

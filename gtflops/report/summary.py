@@ -1,6 +1,7 @@
 """Everything a report says, computed once; the renderers only lay it out."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -100,11 +101,15 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class OperatorCost:
-    """An operator of the full step; ``kind`` is ``None`` where it has no price."""
+    """An operator of the full step; ``kind`` is ``None`` where it has no price.
+
+    ``forward_count`` of its ``count`` calls are in the forward pass.
+    """
 
     name: str
     kind: str | None
     count: int
+    forward_count: int
     cost: Cost
 
 
@@ -291,7 +296,13 @@ class Summary:
             },
             "flops": self.cost.to_json(),
             "operators": [
-                {"name": row.name, "kind": row.kind, "count": row.count, "flops": row.cost.to_json()}
+                {
+                    "name": row.name,
+                    "kind": row.kind,
+                    "count": row.count,
+                    "forward_count": row.forward_count,
+                    "flops": row.cost.to_json(),
+                }
                 for row in self.operators
             ],
             "modules": [{"name": row.name, "numel": row.numel, "flops": row.cost.to_json()} for row in self.modules],
@@ -378,7 +389,8 @@ def _columns(everything: int, matmul: int) -> Columns:
 def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...], tuple[ModuleCost, ...]]:
     nodes = profile.graph.nodes
     needed = needed_by(profile.graph, profile.names)
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
+    forward_counts: Counter[str] = Counter()
     by_operator: dict[str, Cost] = {}
     by_module: dict[str, Cost] = {}
     for index, node in enumerate(nodes):
@@ -395,7 +407,8 @@ def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...],
         # An operator priced by output carries its price on the nodes that pick its outputs.
         picks = node.call.op == GETITEM
         op = nodes[node.inputs[0]].call.op if picks else node.call.op
-        counts[op] = counts.get(op, 0) + (not picks)
+        counts[op] += not picks
+        forward_counts[op] += not picks and node.phase is Phase.FORWARD
         by_operator[op] = by_operator.get(op, Cost()) + cost
         group = module_group(node.module)
         by_module[group] = by_module.get(group, Cost()) + cost
@@ -404,13 +417,21 @@ def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...],
         group = module_group(tensor.module)
         numel[group] = numel.get(group, 0) + tensor.numel
     operators = (
-        OperatorCost(op, None if (entry := lookup(op)) is None else str(entry.kind), counts[op], cost)
-        for op, cost in by_operator.items()
+        OperatorCost(op, _kind(profile, op), counts[op], forward_counts[op], cost) for op, cost in by_operator.items()
     )
     return (
         tuple(sorted(operators, key=lambda row: (-row.cost.full.all, row.name))),
         tuple(ModuleCost(group, numel.get(group, 0), cost) for group, cost in by_module.items()),
     )
+
+
+def _kind(profile: Profile, op: str) -> str | None:
+    """The class of an operator, ``None`` where the profile has no price for it. What the table says now may differ
+    from what it said when the profile was made."""
+    if any(op == unsupported.name for unsupported in profile.unsupported):
+        return None
+    entry = lookup(op)
+    return "registered elsewhere" if entry is None else str(entry.kind)
 
 
 def module_group(module: str) -> str:

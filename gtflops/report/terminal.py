@@ -1,5 +1,6 @@
 """Tables for a terminal; printing them is the caller's."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -7,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from gtflops.operators import Entry
 from gtflops.profiling import Profile
 from gtflops.report.summary import CompiledSummary, share, shorten, summarise, visible
 from gtflops.selection import Selection
@@ -146,6 +148,61 @@ def verification_tables(profile: Profile, found: "Verification") -> Group:
             lines.append(Text(f"fvcore skipped: {skipped}", style="dim"))
     lines += [Text(f"note: {visible(note)}", style="dim") for note in found.notes]
     return Group(table, *lines)
+
+
+def operators_table(entries: Iterable[Entry]) -> Table:
+    """The operator table itself: what is priced, how, and from where the formula is."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+    for header, ratio in (("Operators", 4), ("Class", 1), ("FLOPs", 3), ("Source", 2)):
+        table.add_column(header, overflow="fold", ratio=ratio)
+    for entry in entries:
+        names = " ".join(op.removeprefix("aten.") for op in entry.ops)
+        table.add_row(Text(names), str(entry.kind), Text(entry.text), Text(entry.source))
+    table.caption = Text(
+        "x, y: elements that go in and that come out; other letters are sizes. What follows 'other:', and all of the "
+        "classes that make no products, stands in the column of everything else."
+    )
+    return table
+
+
+def used_operators_table(profile: Profile, kind: str | None = None) -> Group:
+    """What a full step of a model uses of the operator table; what has no price stands first."""
+    summary = summarise(profile)
+    full = summary.cost.full.all
+    table = _table(
+        f"{summary.model}: operators of a full training step",
+        "Operator",
+        "Class",
+        "Forward",
+        "Backward",
+        "Matrix products",
+        "Other",
+        "Share",
+    )
+    table.columns[1].justify = "left"
+    unpriced = [row for row in summary.operators if row.kind is None]
+    priced = [row for row in summary.operators if row.kind is not None and kind in (None, row.kind)]
+    for row in unpriced:
+        calls = (f"{row.forward_count:,}", f"{row.count - row.forward_count:,}")
+        table.add_row(_name(row.name), "no price", *calls, "unknown", "unknown", "unknown", style="bold red")
+    for row in priced:
+        flops = row.cost.full
+        table.add_row(
+            _name(row.name),
+            row.kind,
+            f"{row.forward_count:,}",
+            f"{row.count - row.forward_count:,}",
+            format_flops(flops.matmul),
+            format_flops(flops.other),
+            share(flops.all, full),
+        )
+    if not unpriced:
+        return Group(table, Text("Every operator has a price or does no floating-point work."))
+    warning = (
+        f"{len(unpriced)} operators have no price, so what the step costs is not known; "
+        "gtflops.register_flops gives them one."
+    )
+    return Group(table, Text(warning, style="bold red"))
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:
