@@ -587,7 +587,7 @@ case("in-place")(lambda: Case(InPlace(), torch.randn(3, 4), sum_of_squares))
 case("buffers")(lambda: Case(Counting(), torch.randn(3, 4), sum_of_squares))
 case("custom-functions")(lambda: Case(Functions(Whole, Asking, Whole), torch.randn(3, 4), sum_of_squares))
 case("custom-functions-checkpointed")(
-    lambda: Case(Functions(Whole, Whole, checkpointed=True), torch.randn(3, 4), sum_of_squares)
+    lambda: Case(Functions(Whole, Asking, checkpointed=True), torch.randn(3, 4), sum_of_squares)
 )
 case("reuse-and-several-losses")(lambda: Case(Reuse(), torch.randint(0, 9, (3, 5)), three_losses))
 case("gradient-penalty")(lambda: Case(Penalty(), torch.randn(3, 4), lambda outputs, batch: outputs))

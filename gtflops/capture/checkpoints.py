@@ -1,6 +1,6 @@
 """Activation checkpointing: seeing where the backward pass runs a part of the forward pass once more."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,20 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gtflops.capture.recording import Recorder
 from gtflops.graph import Phase
+
+
+class _Packed:
+    """What a pack hook returned; it is unpacked once, as in a real step, even if it is asked for again."""
+
+    def __init__(self, content: Any) -> None:
+        self._content = content
+        self._tensor: torch.Tensor | None = None
+
+    def unpack(self, hook: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        if self._tensor is None:
+            self._tensor = hook(self._content)
+            self._content = None
+        return self._tensor
 
 
 @contextmanager
@@ -23,9 +37,11 @@ def recorded_checkpoints(recorder: Recorder) -> Iterator[None]:
     saved: dict[int, list[torch.Tensor]] = {}
 
     def enter_recorded(hooks: Any) -> Any:
-        recorder.has_saved_tensor_hooks = True
         if recorder.phase is not Phase.BACKWARD:
-            return enter(hooks)
+            torch._C._autograd._push_saved_tensors_default_hooks(
+                lambda tensor: _Packed(hooks.pack_hook(tensor)), lambda packed: packed.unpack(hooks.unpack_hook)
+            )
+            return None
         recorder.begin_recomputation()
         identities = saved[id(hooks)] = []
 

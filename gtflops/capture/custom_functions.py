@@ -9,6 +9,7 @@ from torch.autograd.function import BackwardCFunction
 
 from gtflops.capture.recording import Recorder
 from gtflops.graph import GETITEM
+from gtflops.operators import Call, Kind, lookup
 
 
 def record_whole(autograd_nodes: Iterable[Any], recorder: Recorder) -> list[str]:
@@ -47,14 +48,15 @@ class _Backward:
             for position, output in enumerate(outputs)
         )
 
-    def _rehearse(self, gradients: tuple[Any, ...]) -> dict[int, Counter[Any]]:
+    def _rehearse(self, gradients: tuple[Any, ...]) -> dict[int, Counter[Call]]:
         """The operators that run for one input alone, for each; empty where that cannot be found out."""
         needed = self._node.needs_input_grad
         asked = [position for position, need in enumerate(needed) if need]
-        if len(asked) < 2 or self._recorder.has_saved_tensor_hooks:  # those give each saved tensor only once
+        if len(asked) < 2:
             return {}
-        alone: dict[int, Counter[Any]] = {}
+        alone: dict[int, Counter[Call]] = {}
         try:
+            _ = self._node.saved_tensors  # a checkpoint recomputes them now, not in the rehearsal
             for position in asked:
                 # Any length, not the one that torch's annotation says.
                 self._node.needs_input_grad = tuple(  # type: ignore[assignment]
@@ -62,7 +64,7 @@ class _Backward:
                 )
                 with self._recorder.rehearsal() as calls:
                     self._node.apply(*gradients)
-                alone[position] = Counter(calls)
+                alone[position] = _priced(calls)
         except Exception:  # whatever a Function does that is asked an unusual question; it is then taken whole
             return {}
         finally:
@@ -70,18 +72,18 @@ class _Backward:
         return alone
 
     def _dependent(
-        self, output: torch.Tensor, position: int, group: list[torch.fx.Node], alone: dict[int, Counter[Any]]
+        self, output: torch.Tensor, position: int, group: list[torch.fx.Node], alone: dict[int, Counter[Call]]
     ) -> torch.Tensor:
         """``output`` under a new identity, made after all that runs when this gradient is asked for."""
         recorder = self._recorder
-        if position in alone and alone[position] != _calls(group):
+        if position in alone and alone[position] != _priced(node.meta["call"] for node in group):
             members, stack, ancestors = set(group), [recorder.node_of(output)], set()
             while stack:
                 node = stack.pop()
                 if node in members and node not in ancestors:
                     ancestors.add(node)
                     stack.extend((*node.all_input_nodes, *node.meta["after"]))
-            if alone[position] == _calls(ancestors):
+            if alone[position] == _priced(node.meta["call"] for node in ancestors):
                 return output
             name = type(self._node).__name__.removesuffix("Backward")
             if name not in self._uncertain:
@@ -92,5 +94,7 @@ class _Backward:
         return alias
 
 
-def _calls(nodes: Iterable[torch.fx.Node]) -> Counter[Any]:
-    return Counter(node.meta["call"] for node in nodes if node.meta["call"].op != GETITEM)
+def _priced(calls: Iterable[Call]) -> Counter[Call]:
+    """The operators among ``calls`` that may cost something; views and copies may be made or not."""
+    entries = ((call, lookup(call.op)) for call in calls if call.op != GETITEM)
+    return Counter(call for call, entry in entries if entry is None or entry.kind is not Kind.FREE)

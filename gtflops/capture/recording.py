@@ -40,7 +40,6 @@ class Recorder(OperatorMode):
         self.graph = torch.fx.Graph()
         self.phase = Phase.FORWARD
         self.values = KnownValues()
-        self.has_saved_tensor_hooks = False
         self.storage_bytes: list[int] = []
         self._nodes: dict[int, torch.fx.Node] = {}
         self._kept: list[Any] = []
