@@ -345,6 +345,8 @@ class _Fitted:
 
     def grow(self, sizes: Sizes, graph: Graph) -> bool:
         """Takes traced sizes into the region, if the family has that graph there."""
+        if sizes in self.traced:
+            return True
         if self.at(sizes) != graph:
             return False
         self.traced.append(sizes)
@@ -438,42 +440,55 @@ class Shapes:
         return True
 
     def _fit(self, pins: "_Pins", free: tuple[str, ...], known: dict[Sizes, Graph]) -> _Fitted | None:
+        """From the shapes that are known and a few more; where one that was asked for is special in some way, such as
+        the greatest length of a model, from others in between alone."""
         origin = dict(self.sizes.items())
         if all(origin[name] == size for name, size in pins):
             known = {self.sizes: self._origin.graph, **known}
-        nodes: dict[str, list[int]] = {}
-        spare: dict[str, int] = {}
-        taken = {size for sizes in known for _, size in sizes.items()}
-        for name in free:
-            sizes_known = [dict(sizes.items())[name] for sizes in known]
-            nodes[name] = [size for size in dict.fromkeys((origin[name], *sizes_known)) if size > 1]
-            nodes[name] = nodes[name][: _DEGREES[name] + 1]
-            while len(nodes[name]) <= _DEGREES[name]:
-                nodes[name].append(_size_beside(nodes[name], taken))
-            taken.update(nodes[name])
-        for name in free:
-            spare[name] = _size_beside(nodes[name], taken)
-            taken.add(spare[name])
-        points = lattice(free, nodes)
-        graphs: dict[Sizes, Graph] = {}
-        for sizes in (Sizes(**dict(pins), **point) for point in (*points, spare)):
-            try:
-                graphs[sizes] = known[sizes] if sizes in known else self._source.trace(sizes).graph
-            except GtflopsError:
-                return None  # a shape that nobody asked for is refused: it may be none of the model's
-            if not all(same_but_for_calls(graphs[sizes], graph) for graph in known.values()):
-                return None
-        *determined, (check, check_graph) = graphs.items()
-        family = Family.fit(free, points, [graph for _, graph in determined])
-        if family is None:
-            return None
-        fitted = _Fitted(family, free, [], _Region.of(list(graphs)))
-        if not fitted.grow(check, check_graph):
-            return None
-        for sizes, graph in (*determined, *known.items()):
-            if sizes not in fitted.traced:
+        between = {name: sorted({origin[name], *(dict(sizes.items())[name] for sizes in known)} - {1}) for name in free}
+        fitted = self._fit_through(pins, free, between, known) or self._fit_through(pins, free, between, {})
+        if fitted is not None:
+            for sizes, graph in known.items():
                 fitted.grow(sizes, graph)
         return fitted
+
+    def _fit_through(
+        self, pins: "_Pins", free: tuple[str, ...], between: Mapping[str, list[int]], known: Mapping[Sizes, Graph]
+    ) -> _Fitted | None:
+        """From ``known`` graphs, as far as they stand at the points of a lattice, and traces at its others."""
+        taken = {size for sizes in between.values() for size in sizes}
+
+        def another(name: str, nodes: Sequence[int]) -> int:
+            size = _size_beside(sorted({*between[name], *nodes}), taken)
+            taken.add(size)
+            return size
+
+        nodes: dict[str, list[int]] = {}
+        for name in free:
+            asked = dict.fromkeys(dict(sizes.items())[name] for sizes in known)
+            nodes[name] = [size for size in asked if size > 1][: _DEGREES[name] + 1]
+            while len(nodes[name]) <= _DEGREES[name]:
+                nodes[name].append(another(name, nodes[name]))
+        points = lattice(free, nodes)
+        points.append({name: another(name, nodes[name]) for name in free})  # the check
+        lattice_sizes = [Sizes(**dict(pins), **point) for point in points]
+        graphs: dict[Sizes, Graph] = {}
+        before: Graph | None = None
+        for sizes in (*known, *lattice_sizes):
+            if sizes in graphs:
+                continue
+            try:
+                graph = known[sizes] if sizes in known else self._source.trace(sizes).graph
+            except GtflopsError:
+                return None  # nobody asked for this shape: it may be none of the model's
+            if before is not None and not same_but_for_calls(before, graph):
+                return None
+            graphs[sizes] = before = graph
+        *determined, check = (graphs[sizes] for sizes in lattice_sizes)
+        family = Family.fit(free, points[:-1], determined)
+        if family is None or family.at(points[-1]) != check:
+            return None
+        return _Fitted(family, free, lattice_sizes, _Region.of(lattice_sizes))
 
 
 _Pins = frozenset[tuple[str, int]]
