@@ -443,7 +443,7 @@ class Shapes:
         """From the shapes that are known and a few more; where one that was asked for is special in some way, such as
         the greatest length of a model, from others in between alone."""
         origin = dict(self.sizes.items())
-        if all(origin[name] == size for name, size in pins):
+        if all(origin[name] == size for name, size in pins) and all(origin[name] > 1 for name in free):
             known = {self.sizes: self._origin.graph, **known}
         between = {name: sorted({origin[name], *(dict(sizes.items())[name] for sizes in known)} - {1}) for name in free}
         fitted = self._fit_through(pins, free, between, known) or self._fit_through(pins, free, between, {})

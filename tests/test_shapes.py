@@ -217,6 +217,11 @@ def test_sizes_of_one(traces: list[Any]) -> None:
     for batch_size, seq_len in ((1, 9), (3, 1), (4, 8), (6, 16), (5, 12)):
         fresh = gtflops.profile(model, tokens(batch_size, seq_len))
         assert_same(from_one.at(batch_size=batch_size, seq_len=seq_len), fresh)
+    row = gtflops.profile(model, tokens(1, 12))
+    before = len(traces)
+    row.at(batch_size=3), row.at(batch_size=8)
+    assert_same(row.at(batch_size=6), gtflops.profile(model, tokens(6, 12)))
+    assert len(traces) == before + 2 + 1 + 1 + 1  # two, the profiled one again, the check; the fresh one
 
 
 def test_by_name(traces: list[Any]) -> None:
