@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,8 @@ from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
 from gtflops.files import write_whole
 from gtflops.graph import GETITEM, Graph, Phase
 from gtflops.operators import Flops, FlopsByOutput, price
+from gtflops.shapes import Shapes, Sizes, Traced
+from gtflops.sources import Live, Named
 from gtflops.units import format_flops
 
 if TYPE_CHECKING:
@@ -114,6 +116,8 @@ class Profile:
     notes: tuple[str, ...]
     versions: Mapping[str, str]
     compiled: CompiledStep | None = None
+    _shapes: Shapes | None = field(default=None, repr=False)
+    _sizes: Sizes | None = field(default=None, repr=False)  # where this is not the shape that was profiled first
 
     @classmethod
     def from_graph(
@@ -149,7 +153,13 @@ class Profile:
         all_notes = list(notes)
         if unused:
             all_notes.append(f"the loss does not depend on {len(unused)} tensors, first {unused[0]}")
-        return cls(graph, prices, unsupported, tuple(all_notes), dict(versions or {"gtflops": version("gtflops")}))
+        return cls(
+            graph,
+            prices,
+            unsupported,
+            tuple(dict.fromkeys(all_notes)),
+            dict(versions or {"gtflops": version("gtflops")}),
+        )
 
     def __repr__(self) -> str:
         return f"Profile({self.graph.model}: {len(self.names)} tensors, full step {format_flops(self.full_flops)})"
@@ -387,6 +397,44 @@ class Profile:
     def _position(self) -> dict[str, int]:
         return {name: position for position, name in enumerate(self.names)}
 
+    # --- other shapes --------------------------------------------------------------------------------------------
+
+    def at(
+        self, *, batch_size: int | None = None, seq_len: int | None = None, decoder_len: int | None = None
+    ) -> "Profile":
+        """The profile of another batch shape: the same, to the integer, as profiling the model on such a batch.
+
+        What is not given stays. ``decoder_len`` is the length of an encoder-decoder's labels. The integers in a graph
+        are polynomials of these sizes: after a few traces, other shapes between those traced need none; where the graph
+        itself changes with the shape, and for a size of 1, a shape is traced. The last of ``notes`` says which. A model
+        must still be there and as it was, a batch must tell which of its dimensions are which. InputError otherwise,
+        and where the model refuses the shape.
+
+        >>> import gtflops
+        >>> short = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)
+        >>> long = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=256)
+        >>> short.at(seq_len=256).full_flops == long.full_flops
+        True
+        """
+        if self._shapes is None:
+            raise InputError(
+                f"this profile of {self.graph.model} was read from a file or copied, without a model to trace at other "
+                "sizes; profile it again: gtflops.profile(model, batch).at(...)"
+            )
+        here = self._sizes or self._shapes.sizes
+        sizes = here.changed({"batch_size": batch_size, "seq_len": seq_len, "decoder_len": decoder_len})
+        if sizes == here:
+            return self
+        if dict(self.versions) != _versions():
+            raise InputError(
+                f"the profile was made by {dict(self.versions)}, here are {_versions()}, which may execute other "
+                "operators; profile the model again"
+            )
+        traced = self._shapes.at(sizes)
+        return replace(
+            Profile.from_graph(traced.graph, traced.notes, self.versions), _shapes=self._shapes, _sizes=sizes
+        )
+
     # --- files --------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
@@ -399,8 +447,16 @@ class Profile:
             "matmul": self.prices[0].tolist(),
             "other": self.prices[1].tolist(),
             "compiled": None if self.compiled is None else self.compiled.to_json(),
+            "named": self._named_to_json(),
         }
         return {"format": FORMAT, "version": FORMAT_VERSION, "digest": _digest(content), **content}
+
+    def _named_to_json(self) -> dict[str, Any] | None:
+        """What is needed to trace an architecture again at other sizes; none of it for a model of the user's."""
+        source = None if self._shapes is None else self._shapes.source
+        if not isinstance(source, Named) or source.loss is not None:
+            return None
+        return source.to_json(self._sizes or source.sizes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON, whole or not at all."""
@@ -445,15 +501,14 @@ class Profile:
             unsupported = tuple(
                 UnsupportedOperator(name, count, tuple(where)) for name, count, where in data["unsupported"]
             )
-            compiled = data["compiled"]
-            return cls(
-                graph,
-                prices,
-                unsupported,
-                tuple(data["notes"]),
-                dict(data["versions"]),
-                None if compiled is None else CompiledStep.from_json(compiled),
-            )
+            notes = tuple(data["notes"])
+            shapes = None
+            if (named := data["named"]) is not None:
+                source = Named.from_json(named)
+                of_the_model = tuple(note for note in notes if not note.startswith(f"{source.sizes}: "))
+                shapes = Shapes(source, Traced(graph, of_the_model))
+            compiled = None if data["compiled"] is None else CompiledStep.from_json(data["compiled"])
+            return cls(graph, prices, unsupported, notes, dict(data["versions"]), compiled, shapes)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise SavedFileError(
                 f"{path} is damaged ({type(error).__name__}: {error}); profile the model again"
@@ -509,6 +564,7 @@ def profile(
     *,
     batch_size: int | None = None,
     seq_len: int | None = None,
+    decoder_len: int | None = None,
     attention: Literal["eager", "sdpa"] = "eager",
     graph: Literal["eager", "compiled"] = "eager",
 ) -> Profile:
@@ -517,7 +573,8 @@ def profile(
     Either ``profile(model, batch, loss=None)`` with an ``nn.Module`` (real, fake or meta parameters) and a batch
     (a mapping of the forward's arguments, a tuple, or a tensor); ``loss(outputs, batch)`` gives a scalar tensor,
     ``outputs.loss`` without it. The model is left as it was, to the bit. Or ``profile(name, batch_size=,
-    seq_len=)`` with a local folder, a preset or a Hugging Face id: only the architecture is built, without weights.
+    seq_len=)`` with a local folder, a preset or a Hugging Face id: only the architecture is built, without weights;
+    ``decoder_len`` is the length of an encoder-decoder's labels, ``seq_len`` unless given.
 
     ``graph="compiled"`` adds :attr:`Profile.compiled`: what ``torch.compile`` would run of the step, for the tensors
     of the model that require gradients now (all of them by name), to be held beside the eager prediction for the
@@ -535,30 +592,35 @@ def profile(
     # Capture is the one stage that needs torch, and a saved profile is read without it.
     import torch
 
-    from gtflops.capture import architecture, trace
+    from gtflops.capture import architecture
 
     if graph not in ("eager", "compiled"):
         raise InputError(f"graph is {graph!r}, expected 'eager' or 'compiled'")
-    notes: tuple[str, ...] = ()
-    versions = {package: version(package) for package in ("gtflops", "torch", "transformers")}
+    source: Live | Named
     if isinstance(model, torch.nn.Module):
-        if batch is None or batch_size is not None or seq_len is not None:
+        if batch is None or any(size is not None for size in (batch_size, seq_len, decoder_len)):
             raise InputError("a model is profiled on a batch: expected profile(model, batch, loss=None)")
-        captured = trace(model, batch, loss)
-        if any(tensor.is_meta for tensor in model.parameters()):
-            notes = ("parameters are on the meta device, where attention runs in its unfused form",)
+        source = Live(model, batch, loss)
+        traced = source.profiled()
     elif isinstance(model, (str, os.PathLike)):
         if batch is not None or batch_size is None or seq_len is None:
             raise InputError("a model is profiled by name on sizes: expected profile(name, batch_size=4, seq_len=512)")
-        built = architecture(os.fspath(model), batch_size=batch_size, seq_len=seq_len, attention=attention)
+        name = os.fspath(model)
+        built = architecture(name, batch_size=batch_size, seq_len=seq_len, decoder_len=decoder_len, attention=attention)
+        source = Named(name, attention, loss, built.sizes)
+        traced = source.traced(built)
         model, batch = built.model, built.batch
-        captured, notes = trace(model, batch, loss), built.notes
     else:
         raise InputError(f"model is a {type(model).__name__}, expected a torch.nn.Module or a name")
-    eager = Profile.from_graph(captured.to_graph(), (*notes, *captured.notes), versions)
+    eager = Profile.from_graph(traced.graph, traced.notes, _versions())
+    eager = replace(eager, _shapes=Shapes(source, traced))
     if graph == "eager":
         return eager
     from gtflops.capture.compiled import compiled_step  # dynamo and inductor take seconds to import
 
     compiled = compiled_step(model, batch, loss)
     return replace(eager, compiled=compiled, notes=(*eager.notes, *compiled.notes()))
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("gtflops", "torch", "transformers")}

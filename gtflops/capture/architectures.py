@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from gtflops.errors import InputError, UnsupportedModelError
+from gtflops.shapes import Sizes
 
 Attention = Literal["eager", "sdpa"]
 
@@ -26,6 +27,7 @@ class Architecture:
 
     model: torch.nn.Module
     batch: dict[str, torch.Tensor]
+    sizes: Sizes
     notes: tuple[str, ...]
 
 
@@ -36,15 +38,20 @@ def presets() -> dict[str, dict[str, Any]]:
     return dict(json.loads(text))
 
 
-def architecture(name: str, *, batch_size: int, seq_len: int, attention: Attention = "eager") -> Architecture:
+def architecture(
+    name: str, *, batch_size: int, seq_len: int, decoder_len: int | None = None, attention: Attention = "eager"
+) -> Architecture:
     """The model called ``name`` in training mode on meta tensors, and a batch of ``batch_size`` x ``seq_len`` tokens.
 
-    ``name`` is a local folder with a ``config.json``, a preset, or a Hugging Face id in the cache or on the hub; of
-    the last two only the configuration is read. Every position is real (no padding) and has a label. InputError for
-    an unknown name, a non-positive size or a length beyond the model's positions; UnsupportedModelError for a model
-    that is no language model.
+    The labels of an encoder-decoder are ``decoder_len`` tokens, ``seq_len`` unless given. ``name`` is a local folder
+    with a ``config.json``, a preset, or a Hugging Face id in the cache or on the hub; of the last two only the
+    configuration is read. Every position is real (no padding) and has a label. InputError for an unknown name, a non-
+    positive size, a length beyond the model's positions or of a decoder that it has not; UnsupportedModelError for a
+    model that is no language model.
     """
-    for label, size in (("batch_size", batch_size), ("seq_len", seq_len)):
+    for label, size in (("batch_size", batch_size), ("seq_len", seq_len), ("decoder_len", decoder_len)):
+        if label == "decoder_len" and size is None:
+            continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise InputError(f"{label} is {size!r}, expected a positive integer")
     if attention not in ("eager", "sdpa"):
@@ -59,21 +66,29 @@ def architecture(name: str, *, batch_size: int, seq_len: int, attention: Attenti
             "by itself; build it and call gtflops.profile(model, batch)"
         ) from error
     longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and seq_len > longest:
-        raise InputError(f"seq_len {seq_len} is beyond the {longest} positions of {name}; expected at most {longest}")
+    for label, size in (("seq_len", seq_len), ("decoder_len", decoder_len or 0)):
+        if isinstance(longest, int) and size > longest:
+            raise InputError(f"{label} {size} is beyond the {longest} positions of {name}; expected at most {longest}")
     auto = _auto_class(name, config)
+    if auto is transformers.AutoModelForSeq2SeqLM:
+        sizes = Sizes(batch_size, seq_len, decoder_len or seq_len)
+    elif decoder_len is None:
+        sizes = Sizes(batch_size, seq_len)
+    else:
+        raise InputError(f"decoder_len is {decoder_len}, but {name} is no encoder-decoder; expected seq_len alone")
     with torch.device("meta"):
         model = auto.from_config(config, attn_implementation=attention)
         if settings.get("tie_word_embeddings") is False:
             _untie(model)
         tokens = torch.empty((batch_size, seq_len), dtype=torch.int64)
-        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.empty_like(tokens)}
+        labels = torch.empty((batch_size, sizes.decoder_len or seq_len), dtype=torch.int64)
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     notes = (
-        f"architecture of {name}, {batch_size} x {seq_len} tokens, no padding, a label at every position",
+        f"architecture of {name}, no padding, a label at every position",
         f"attention is {attention}, on no device in particular: a fused kernel's backward computes the scores once "
         "more; profile the model itself on its device to price the kernel that runs there",
     )
-    return Architecture(model.train(), batch, notes)
+    return Architecture(model.train(), batch, sizes, notes)
 
 
 def _settings(name: str) -> dict[str, Any]:
