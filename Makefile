@@ -24,7 +24,7 @@ demo: install
 	$(PYTHON) -m gtflops demo
 
 test: test-cpp
-	$(PYTHON) -m pytest -m 'not slow'
+	$(PYTHON) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4
 
 test-cpp: install
 	$(VENV)/bin/cmake -S . -B build/cpp -DGTFLOPS_BUILD_TESTS=ON

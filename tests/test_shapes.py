@@ -638,8 +638,8 @@ def graph_of(integers: tuple[int, ...], op: str = "aten.x.default", argument: An
     shape = TensorType(integers, "float32")
     call = Call(op, (shape, integers[0], (integers[-1], True, None), argument), (("k", integers[0]),), (shape, None))
     free = Call("aten.y.default", (), (), (TensorType((3,), "int64"),))
-    nodes = (Node("a", free, (), Phase.BATCH, ""), Node("b", call, (0,), Phase.FORWARD, "m"))
-    return Graph("Model", nodes, {"w": 1, "v": None}, 1)
+    nodes = (Node("a", free, (), Phase.BATCH, "", "", 0), Node("b", call, (0,), Phase.FORWARD, "m", "m.py:1", 1))
+    return Graph("Model", nodes, {"w": 1, "v": None}, 1, (), (3, integers[0]))
 
 
 @given(FREE, st.data())
