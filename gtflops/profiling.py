@@ -29,7 +29,7 @@ from gtflops.units import format_flops
 if TYPE_CHECKING:
     import torch
 
-    from gtflops.capture.tracing import Loss
+    from gtflops.capture.batches import Loss
     from gtflops.verification import Verification
 
 FORMAT = "gtflops-profile"

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from gtflops.capture.architectures import Architecture
+    from gtflops.capture.batches import Loss
     from gtflops.capture.resizing import Layout
-    from gtflops.capture.tracing import Loss
 
 
 @dataclass(frozen=True)

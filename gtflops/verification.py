@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtflops.capture import Loss, call_model, loss_of, unchanged
+from gtflops.capture.batches import plain
 from gtflops.capture.dispatch import OperatorMode, describe_call
 from gtflops.errors import InputError
 from gtflops.operators import FlopsByOutput, price
@@ -107,7 +108,7 @@ def verify(
     """Run real steps of ``model`` and compare them with ``profile``; see :meth:`gtflops.Profile.verify`."""
     profile.require_fit(model)
     batch = pytree.tree_map_only(
-        torch.Tensor, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad), batch
+        torch.Tensor, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad), plain(batch)
     )
     checks = tuple(
         _check(profile, model, batch, loss, label, names)

@@ -1,9 +1,10 @@
 """Model + batch -> graph. The one room that runs models; needs torch."""
 
 from gtflops.capture.architectures import Architecture, architecture, presets
+from gtflops.capture.batches import Loss, batch_types, call_model, loss_of
 from gtflops.capture.dispatch import ExecutedFlops
 from gtflops.capture.torch_formulas import torch_formula
-from gtflops.capture.tracing import Loss, Trace, batch_types, call_model, loss_of, trace
+from gtflops.capture.tracing import Trace, trace
 from gtflops.capture.unchanged import unchanged
 from gtflops.operators import add_fallback
 

@@ -32,8 +32,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
+from gtflops.capture.batches import Loss, call_model, loss_of, plain
 from gtflops.capture.dispatch import OperatorMode, describe_call
-from gtflops.capture.tracing import Loss, _fake, _no_garbage_collection, _plain, call_model, loss_of
+from gtflops.capture.fakes import fake, without_garbage_collection
 from gtflops.capture.unchanged import unchanged
 from gtflops.compiled import CompiledOperator, CompiledStep, Part
 from gtflops.errors import GtflopsError, UnsupportedModelError
@@ -60,27 +61,27 @@ def compiled_step(model: torch.nn.Module, batch: Any, loss: Loss | None = None) 
     fake_mode = detect_fake_mode(list(parameters.values())) or FakeTensorMode(allow_non_fake_inputs=True)
     on_meta = all(tensor.is_meta for tensor in parameters.values())
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        return _on_cpu(fake_mode, tensor) if on_meta else _fake(fake_mode, tensor)
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        return _on_cpu(fake_mode, tensor) if on_meta else fake(fake_mode, tensor)
 
     tally = _Tally()
     with ExitStack() as stack:
-        stack.enter_context(_no_garbage_collection())
+        stack.enter_context(without_garbage_collection())
         stack.enter_context(unchanged(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(fake_mode)
         fakes = {
-            name: torch.nn.Parameter(fake(tensor), requires_grad=name in trainable)
+            name: torch.nn.Parameter(stand_in(tensor), requires_grad=name in trainable)
             for name, tensor in parameters.items()
         }
-        buffers = {name: fake(tensor) for name, tensor in model.named_buffers()}
-        fake_batch = pytree.tree_map_only(torch.Tensor, fake, _plain(batch))
+        buffers = {name: stand_in(tensor) for name, tensor in model.named_buffers()}
+        fake_batch = pytree.tree_map_only(torch.Tensor, stand_in, plain(batch))
         if on_meta:
             # Dynamo does not follow the loss through meta tensors to its gradients (torch 2.13). As on meta, attention
             # is not fused, so that the eager prediction prices the same.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            _attributes_from_meta(model, fake)
+            _attributes_from_meta(model, stand_in)
         stack.enter_context(stateless._reparametrize_module(model, {**fakes, **buffers}, tie_weights=True))
         stack.enter_context(_dynamo_left_as_it_was(tally))
         stack.enter_context(tally)

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from gtflops.capture.batches import plain
 from gtflops.capture.unchanged import unchanged
 from gtflops.errors import InputError
 from gtflops.shapes import Sizes
@@ -43,7 +44,7 @@ class Layout:
         for name, size in after.items():
             if name in self.ambiguous and size != before[name]:
                 raise InputError(f"{name} {size}: {self.ambiguous[name]}")
-        leaves, structure = pytree.tree_flatten(_plain(self.batch))
+        leaves, structure = pytree.tree_flatten(plain(self.batch))
         roles = iter(self.roles)
         resized = [
             _resized(
@@ -71,7 +72,7 @@ def layout_of(batch: Any, *, has_decoder: bool) -> Layout:
             leaf.shape,
             leaf,
         )
-        for path, leaf in pytree.tree_leaves_with_path(_plain(batch))
+        for path, leaf in pytree.tree_leaves_with_path(plain(batch))
         if isinstance(leaf, torch.Tensor)
     ]
     shapes = {name: tuple(shape) for name, _, shape, _ in tensors if len(shape)}
@@ -89,7 +90,7 @@ def layout_of(batch: Any, *, has_decoder: bool) -> Layout:
     seq_len = _first(shapes, ("input_ids", "inputs_embeds", *ids), 1)
     sizes = Sizes(batch_size, seq_len, decoder_len)
     ambiguous: dict[str, str] = {}
-    for path, leaf in pytree.tree_leaves_with_path(_plain(batch)):
+    for path, leaf in pytree.tree_leaves_with_path(plain(batch)):
         for label, size in sizes.items():
             if isinstance(leaf, int) and not isinstance(leaf, bool) and leaf == size > 1:
                 ambiguous[label] = (
@@ -224,8 +225,3 @@ def modes(model: torch.nn.Module, training: Sequence[bool]) -> Iterator[None]:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
         yield
-
-
-def _plain(batch: Any) -> Any:
-    """Mappings of any class as dicts, which pytree knows."""
-    return dict(batch) if isinstance(batch, Mapping) else batch

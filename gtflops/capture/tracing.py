@@ -5,10 +5,9 @@ order, dead forward operators included (``make_fx`` removes those, and takes abo
 of the user's model is touched: fake ones stand in for its parameters and buffers while it runs.
 """
 
-import gc
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +26,17 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
+from gtflops.capture.batches import Loss, batch_tensors, call_model, describe_batch, loss_of, plain
 from gtflops.capture.checkpoints import recorded_checkpoints
 from gtflops.capture.custom_functions import record_whole
-from gtflops.capture.dispatch import tensor_type
+from gtflops.capture.fakes import fake, fake_parameter, without_garbage_collection
 from gtflops.capture.recording import Origin, Recorder
 from gtflops.capture.requires_grad import RequiresGradMode
 from gtflops.capture.unchanged import unchanged
 from gtflops.capture.values import ValuesLostError
 from gtflops.errors import InputError, UnsupportedModelError
 from gtflops.graph import Graph, Node, Phase
-from gtflops.operators import Call, TensorType
-
-#: A function of (model outputs, batch) that gives a scalar tensor.
-Loss = Callable[[Any, Any], torch.Tensor]
+from gtflops.operators import Call
 
 
 @dataclass(frozen=True)
@@ -81,39 +78,6 @@ class Trace:
         return Graph(self.model, nodes, gradients, index[self.loss], always, self.storage_bytes)
 
 
-def call_model(model: torch.nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, ``model(batch)`` otherwise."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
-
-
-def loss_of(outputs: Any, batch: Any, loss: Loss | None, *, trained: bool = True) -> torch.Tensor:
-    """The scalar loss of a step: ``loss(outputs, batch)``, or ``outputs.loss``. InputError if it is none, or if it
-    needs no gradient although something is ``trained``."""
-    value: Any
-    if loss is not None:
-        value = loss(outputs, batch)
-        source = "the loss function returned"
-    else:
-        value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        source = "the model's outputs have as .loss"
-    if not isinstance(value, torch.Tensor):
-        raise InputError(
-            f"{source} {value!r}, expected a scalar tensor; put labels into the batch, "
-            "or give loss=lambda outputs, batch: ..."
-        )
-    if value.numel() != 1:
-        raise InputError(
-            f"{source} a tensor of shape {tuple(value.shape)}, expected a scalar; reduce it, for example by .mean()"
-        )
-    if trained and not value.requires_grad:
-        raise InputError(f"{source} a tensor that needs no gradient, expected one that depends on the parameters")
-    return value
-
-
 def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace:
     """Record one training step of ``model`` on ``batch`` with every floating-point parameter trainable.
 
@@ -144,12 +108,12 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
     fake_mode = detect_fake_mode(list(parameters.values())) or FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder()
     with ExitStack() as stack:
-        stack.enter_context(_no_garbage_collection())
+        stack.enter_context(without_garbage_collection())
         stack.enter_context(unchanged(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        fake = {name: _fake_parameter(fake_mode, tensor) for name, tensor in parameters.items()}
-        fake_buffers = {name: _fake(fake_mode, tensor) for name, tensor in buffers.items()}
+        own = {name: fake_parameter(fake_mode, tensor) for name, tensor in parameters.items()}
+        own_buffers = {name: fake(fake_mode, tensor) for name, tensor in buffers.items()}
         without_data = all(tensor.is_meta for tensor in parameters.values())  # then the batch needs none either
         recorder.values.follow = with_values and fake_mode.allow_non_fake_inputs and not without_data
 
@@ -158,29 +122,29 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
                 copied = tensor.clone()
                 recorder.values.add(copied)
                 return copied
-            return _fake(fake_mode, tensor.to("meta") if without_data else tensor).requires_grad_(tensor.requires_grad)
+            return fake(fake_mode, tensor.to("meta") if without_data else tensor).requires_grad_(tensor.requires_grad)
 
-        own_batch = pytree.tree_map_only(torch.Tensor, stand_in, _plain(batch))
-        for name, tensor in fake.items():
+        own_batch = pytree.tree_map_only(torch.Tensor, stand_in, plain(batch))
+        for name, tensor in own.items():
             recorder.add_input(name, tensor, Phase.PARAMETER, Origin(name.rpartition(".")[0], ""))
-        for name, tensor in fake_buffers.items():
+        for name, tensor in own_buffers.items():
             recorder.add_input(name, tensor, Phase.BUFFER, Origin(name.rpartition(".")[0], ""))
-        for name, tensor in _batch_tensors(own_batch):
+        for name, tensor in batch_tensors(own_batch):
             recorder.add_input(name, tensor, Phase.BATCH, Origin("", ""))
         stack.enter_context(fake_mode)
         stack.enter_context(_without_log(logging.getLogger("torch._subclasses.fake_tensor")))
-        stack.enter_context(stateless._reparametrize_module(model, {**fake, **fake_buffers}, tie_weights=True))
+        stack.enter_context(stateless._reparametrize_module(model, {**own, **own_buffers}, tie_weights=True))
         stack.enter_context(recorder.modules_of(model))
         stack.enter_context(recorded_checkpoints(recorder))
-        requires_grad = stack.enter_context(RequiresGradMode({id(tensor) for tensor in fake.values()}))
+        requires_grad = stack.enter_context(RequiresGradMode({id(tensor) for tensor in own.values()}))
         stack.enter_context(recorder)
         try:
             value = loss_of(call_model(model, own_batch), own_batch, loss)
             autograd_nodes = list(_autograd_nodes(value))
             _refuse_reentrant_checkpoints(autograd_nodes)
             uncertain = record_whole(autograd_nodes, recorder)
-            trainable = {name: tensor for name, tensor in fake.items() if tensor.requires_grad}
-            others = _other_leaves(autograd_nodes, fake.values()) | requires_grad.made
+            trainable = {name: tensor for name, tensor in own.items() if tensor.requires_grad}
+            others = _other_leaves(autograd_nodes, own.values()) | requires_grad.made
             recorder.phase = Phase.BACKWARD
             wanted = [*trainable.values(), *others.values()]
             gradients = torch.autograd.grad(value, wanted, allow_unused=True)
@@ -198,7 +162,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
                     f"the backward pass of {type(model).__name__} failed: {type(error).__name__}: {error}"
                 ) from error
             raise InputError(
-                f"{type(model).__name__} refused the batch {_describe(batch)}: {type(error).__name__}: {error}, "
+                f"{type(model).__name__} refused the batch {describe_batch(batch)}: {type(error).__name__}: {error}, "
                 f"at {_user_line(error)}; expected a mapping of the forward's arguments, a tuple, or a tensor"
             ) from error
         nodes = [None if gradient is None else recorder.node_of(gradient) for gradient in gradients]
@@ -319,49 +283,6 @@ def _refuse_reentrant_checkpoints(autograd_nodes: Iterable[Any]) -> None:
         )
 
 
-def _fake(fake_mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without data in the place of ``tensor``, on the same device."""
-    if isinstance(tensor, FakeTensor):
-        with fake_mode:
-            return tensor.detach()
-    if tensor.is_inference():  # autograd takes no tensor that was made under inference mode
-        with fake_mode:
-            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return fake_mode.from_tensor(tensor, static_shapes=True).detach()
-
-
-def _fake_parameter(fake_mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    return torch.nn.Parameter(_fake(fake_mode, tensor), requires_grad=tensor.is_floating_point())
-
-
-def _plain(batch: Any) -> Any:
-    """Mappings of any class (such as transformers' BatchEncoding) as dicts, which pytree knows."""
-    return dict(batch) if isinstance(batch, Mapping) else batch
-
-
-def _batch_tensors(batch: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a batch by key or position."""
-    for path, leaf in pytree.tree_leaves_with_path(_plain(batch)):
-        if isinstance(leaf, torch.Tensor):
-            yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "0", leaf
-
-
-def batch_types(batch: Any) -> dict[str, TensorType]:
-    """Shapes and dtypes of the tensors of a batch, named as in :attr:`gtflops.graph.Graph.batch`."""
-    return {name: tensor_type(tensor) for name, tensor in _batch_tensors(batch)}
-
-
-def _describe(batch: Any) -> str:
-    """Shapes and dtypes of a batch, for messages."""
-    return str(
-        pytree.tree_map_only(
-            torch.Tensor,
-            lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
-            _plain(batch),
-        )
-    )
-
-
 def _reason(error: Exception) -> str:
     operator_name = getattr(error, "func", None) or (error.args[0] if error.args else "")
     return f"{operator_name}" or type(error).__name__
@@ -381,18 +302,6 @@ def _user_line(error: BaseException) -> str:
         if Path(frame.filename).parent == modules and Path(frame.filename).name != "module.py":
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return f"{frames[0].filename}:{frames[0].lineno}: {frames[0].line}"
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A trace keeps all that it makes until its end: collecting on the way finds nothing, and takes a quarter of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -1,0 +1,75 @@
+"""Batches and what is done with them: calling a model, taking the loss, naming their tensors."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gtflops.capture.dispatch import tensor_type
+from gtflops.errors import InputError
+from gtflops.operators import TensorType
+
+#: A function of (model outputs, batch) that gives a scalar tensor.
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+def call_model(model: torch.nn.Module, batch: Any) -> Any:
+    """``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, ``model(batch)`` otherwise."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def loss_of(outputs: Any, batch: Any, loss: Loss | None, *, trained: bool = True) -> torch.Tensor:
+    """The scalar loss of a step: ``loss(outputs, batch)``, or ``outputs.loss``. InputError if it is none, or if it
+    needs no gradient although something is ``trained``."""
+    value: Any
+    if loss is not None:
+        value = loss(outputs, batch)
+        source = "the loss function returned"
+    else:
+        value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        source = "the model's outputs have as .loss"
+    if not isinstance(value, torch.Tensor):
+        raise InputError(
+            f"{source} {value!r}, expected a scalar tensor; put labels into the batch, "
+            "or give loss=lambda outputs, batch: ..."
+        )
+    if value.numel() != 1:
+        raise InputError(
+            f"{source} a tensor of shape {tuple(value.shape)}, expected a scalar; reduce it, for example by .mean()"
+        )
+    if trained and not value.requires_grad:
+        raise InputError(f"{source} a tensor that needs no gradient, expected one that depends on the parameters")
+    return value
+
+
+def plain(batch: Any) -> Any:
+    """Mappings of any class (such as transformers' BatchEncoding) as dicts, which pytree knows."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def batch_tensors(batch: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a batch by key or position."""
+    for path, leaf in pytree.tree_leaves_with_path(plain(batch)):
+        if isinstance(leaf, torch.Tensor):
+            yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "0", leaf
+
+
+def batch_types(batch: Any) -> dict[str, TensorType]:
+    """Shapes and dtypes of the tensors of a batch, named as in :attr:`gtflops.graph.Graph.batch`."""
+    return {name: tensor_type(tensor) for name, tensor in batch_tensors(batch)}
+
+
+def describe_batch(batch: Any) -> str:
+    """Shapes and dtypes of a batch, for messages."""
+    return str(
+        pytree.tree_map_only(
+            torch.Tensor,
+            lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
+            plain(batch),
+        )
+    )
