@@ -66,8 +66,9 @@ def test_every_gradient_of_the_graph_is_the_one_autograd_computes() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.GELU(), torch.nn.Linear(6, 2))
     x = torch.randn(5, 4)
     captured = trace(model, x, lambda y, _: y.square().mean())
-    graph = captured.graph
-    graph.output(tuple(captured.gradients.values()))
+    graph = captured.to_fx()
+    nodes = list(graph.nodes)
+    graph.output(tuple(nodes[position] for position in captured.gradients.values()))
     program = torch.fx.GraphModule(torch.nn.Module(), graph)
     computed = program(*model.parameters(), x)
     model(x).square().mean().backward()

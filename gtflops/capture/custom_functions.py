@@ -1,13 +1,13 @@
 """What the backward of a custom ``autograd.Function`` runs: all of it, or what its ``needs_input_grad`` asks for."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from gtflops.capture.recording import Recorder
+from gtflops.capture.recording import Record, Recorder
 from gtflops.graph import GETITEM
 from gtflops.operators import Call, Kind, lookup
 
@@ -36,9 +36,9 @@ class _Backward:
         node, recorder = self._node, self._recorder
         del node.apply  # a cycle otherwise
         alone = self._rehearse(gradients)
-        last = recorder.last_node
+        start = len(recorder.records)
         outputs = node.apply(*gradients)
-        group = recorder.nodes_since(last)
+        group = recorder.records[start:]
         if isinstance(outputs, torch.Tensor):
             return self._dependent(outputs, 0, group, alone)
         if not isinstance(outputs, tuple):
@@ -72,26 +72,31 @@ class _Backward:
         return alone
 
     def _dependent(
-        self, output: torch.Tensor, position: int, group: list[torch.fx.Node], alone: dict[int, Counter[Call]]
+        self, output: torch.Tensor, position: int, group: list[Record], alone: dict[int, Counter[Call]]
     ) -> torch.Tensor:
         """``output`` under a new identity, made after all that runs when this gradient is asked for."""
         recorder = self._recorder
-        if position in alone and alone[position] != _priced(node.meta["call"] for node in group):
-            members, stack, ancestors = set(group), [recorder.node_of(output)], set()
-            while stack:
-                node = stack.pop()
-                if node in members and node not in ancestors:
-                    ancestors.add(node)
-                    stack.extend((*node.all_input_nodes, *node.meta["after"]))
-            if alone[position] == _priced(node.meta["call"] for node in ancestors):
+        if position in alone and alone[position] != _priced(record.call for record in group):
+            if alone[position] == _priced(record.call for record in self._ancestors(output, group)):
                 return output
             name = type(self._node).__name__.removesuffix("Backward")
             if name not in self._uncertain:
                 self._uncertain.append(name)
         alias = output.detach()
-        node = recorder.node_of(alias)
-        node.meta["after"] = tuple(dict.fromkeys((*node.meta["after"], *group)))
+        recorder.record_of(alias).inputs.update(record.position for record in group)
         return alias
+
+    def _ancestors(self, output: torch.Tensor, group: list[Record]) -> Iterator[Record]:
+        """The records of ``group`` that ``output`` depends on."""
+        records, first = self._recorder.records, group[0].position if group else 0
+        seen: set[int] = set()
+        stack = [self._recorder.record_of(output).position]
+        while stack:
+            position = stack.pop()
+            if position >= first and position not in seen:
+                seen.add(position)
+                yield records[position]
+                stack.extend(records[position].inputs)
 
 
 def _priced(calls: Iterable[Call]) -> Counter[Call]:

@@ -1,16 +1,15 @@
-"""Writing down what runs, as one torch.fx graph."""
+"""Writing down what runs, operator by operator."""
 
 import operator
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
@@ -27,42 +26,61 @@ class Origin(NamedTuple):
     source: str
 
 
+@dataclass(slots=True, eq=False)
+class Record:
+    """A node of the graph in the making: an operator that ran, a part of its output, or a tensor there before.
+
+    ``target`` is the operator (``None`` for a tensor there before), ``args`` and ``kwargs`` its arguments with records
+    in the place of tensors; ``inputs`` are the positions of the records that it depends on, by data or otherwise.
+    """
+
+    position: int
+    name: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    call: Call
+    phase: Phase
+    origin: Origin
+    inputs: set[int] = field(default_factory=set)
+    storage: int | None = None
+
+
 class Recorder(OperatorMode):
-    """Builds the torch.fx graph as operators run.
+    """Keeps a record of every operator that runs.
 
     Tensors are told apart by identity, and all are kept until the end so that no identity is used twice. A read
-    depends on the node that made the tensor and on the last write into its storage, through whichever view: writes
+    depends on the record that made the tensor and on the last write into its storage, through whichever view: writes
     into views of one storage are so ordered after each other, as autograd itself orders them.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.graph = torch.fx.Graph()
+        self.records: list[Record] = []
         self.phase = Phase.FORWARD
         self.values = KnownValues()
         self.storage_bytes: list[int] = []
-        self._nodes: dict[int, torch.fx.Node] = {}
+        self._made_by: dict[int, Record] = {}
         self._kept: list[Any] = []
         self._storages: dict[int, int] = {}
-        self._last_write: dict[int, torch.fx.Node] = {}
+        self._last_write: dict[int, Record] = {}
         self._module_stack: list[str] = []
         self._origin_of_sequence: dict[int, Origin] = {}
-        self._recomputed: list[torch.fx.Node | None] = []  # the last node of each recomputation that is running
+        self._recomputed: list[Record | None] = []  # the last record of each recomputation that is running
         self._rehearsed: list[Call] | None = None
 
-    def add_input(self, name: str, tensor: torch.Tensor, phase: Phase, origin: Origin) -> torch.fx.Node:
+    def add_input(self, name: str, tensor: torch.Tensor, phase: Phase, origin: Origin) -> Record:
         """A tensor that was there before the step."""
-        node = self.graph.placeholder(f"{phase}_" + re.sub(r"\W", "_", name))
         call = Call(str(phase), (), (), (tensor_type(tensor),))
-        self._describe(node, call, phase, origin)
-        node.meta["name"] = name
-        self._keep(tensor, node)
-        return node
+        record = self._add(None, (), {}, call, phase, origin)
+        record.name = name
+        self._keep(tensor, record)
+        return record
 
-    def node_of(self, tensor: torch.Tensor) -> torch.fx.Node:
-        """The node that made ``tensor``; a tensor never seen before is a constant of the model's code."""
-        node = self._nodes.get(id(tensor))
-        return self.add_input("constant", tensor, Phase.CONSTANT, self.origin()) if node is None else node
+    def record_of(self, tensor: torch.Tensor) -> Record:
+        """What made ``tensor``; one that was never seen before is a constant of the model's code."""
+        record = self._made_by.get(id(tensor))
+        return self.add_input("constant", tensor, Phase.CONSTANT, self.origin()) if record is None else record
 
     def run(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.values.run(func, args, kwargs)
@@ -74,55 +92,55 @@ class Recorder(OperatorMode):
         if self._rehearsed is not None:
             self._rehearsed.append(call)
             return
-        read: list[torch.Tensor] = []
-        node_args = self._nodes_for(args, read)
-        node_kwargs = {name: self._nodes_for(value, read) for name, value in kwargs.items()}
-        writes = (self._last_write.get(_storage(tensor) or id(tensor)) for tensor in read)
-        after = dict.fromkeys(write for write in writes if write is not None)
-        node = self.graph.call_function(func, node_args, node_kwargs)
+        inputs: set[int] = set()
+        own_args = self._with_records(args, inputs)
+        own_kwargs = {name: self._with_records(value, inputs) for name, value in kwargs.items()}
         phase, origin = self.phase, self.origin()
         if self._recomputed:
             phase = Phase.RECOMPUTE
             if (before := self._recomputed[-1]) is not None:
-                after[before] = None
-            self._recomputed[-1] = node
-        self._describe(node, call, phase, origin, tuple(after))
+                inputs.add(before.position)
+        record = self._add(func, own_args, own_kwargs, call, phase, origin, inputs)
+        if self._recomputed:
+            self._recomputed[-1] = record
         for written in _written(func, args, kwargs):
-            self._last_write[_storage(written) or id(written)] = node
+            self._last_write[_storage(written) or id(written)] = record
         if isinstance(result, torch.Tensor):
-            self._keep(result, node)
+            self._keep(result, record)
         else:
-            self._keep_parts(result, node, phase, origin)
+            self._keep_parts(result, record)
 
-    def _keep_parts(self, results: Any, node: torch.fx.Node, phase: Phase, origin: Origin) -> None:
-        """A node for each output of an operator with several, and for each tensor of an output that is a list."""
-        for position, output in enumerate(outputs_of(results)):
-            if not isinstance(output, (torch.Tensor, list, tuple)):
-                continue
-            part = self.graph.call_function(operator.getitem, (node, position))
-            types = (tensor_type(output),) if isinstance(output, torch.Tensor) else ()
-            self._describe(part, Call(GETITEM, (position,), (), types), phase, origin)
-            if isinstance(output, torch.Tensor):
-                self._keep(output, part)
-            else:
-                self._keep_parts(output, part, phase, origin)
+    def _add(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Call,
+        phase: Phase,
+        origin: Origin,
+        inputs: set[int] | None = None,
+    ) -> Record:
+        position = len(self.records)
+        name = f"{call.op.split('.')[1] if '.' in call.op else call.op}_{position}"
+        record = Record(position, name, target, args, kwargs, call, phase, origin, inputs or set())
+        self.records.append(record)
+        return record
 
-    def _describe(
-        self, node: torch.fx.Node, call: Call, phase: Phase, origin: Origin, after: tuple[torch.fx.Node, ...] = ()
-    ) -> None:
-        node.meta.update(call=call, phase=phase, module=origin.module, source=origin.source, after=after, storage=None)
-
-    def _nodes_for(self, value: Any, read: list[torch.Tensor]) -> Any:
-        """An operator's argument with nodes for tensors; the tensors are added to ``read``."""
+    def _with_records(self, value: Any, inputs: set[int]) -> Any:
+        """An operator's argument with records for tensors; what it depends on is added to ``inputs``."""
         if isinstance(value, torch.Tensor):
-            read.append(value)
-            return self.node_of(value)
+            record = self.record_of(value)
+            inputs.add(record.position)
+            write = self._last_write.get(_storage(value) or id(value))
+            if write is not None:
+                inputs.add(write.position)
+            return record
         if isinstance(value, (list, tuple)):
-            return tuple(self._nodes_for(item, read) for item in value)
+            return tuple(self._with_records(item, inputs) for item in value)
         return value
 
-    def _keep(self, tensor: torch.Tensor, node: torch.fx.Node) -> None:
-        self._nodes[id(tensor)] = node
+    def _keep(self, tensor: torch.Tensor, record: Record) -> None:
+        self._made_by[id(tensor)] = record
         self._kept.append(tensor)
         storage = _storage(tensor)
         if storage is None:
@@ -131,7 +149,22 @@ class Recorder(OperatorMode):
         if index is None:
             index = self._storages[storage] = len(self.storage_bytes)
             self.storage_bytes.append(int(tensor.untyped_storage().nbytes()))
-        node.meta["storage"] = index
+        record.storage = index
+
+    def _keep_parts(self, results: Any, record: Record) -> None:
+        """A record for each output of an operator with several, and for each tensor of an output that is a list."""
+        for position, output in enumerate(outputs_of(results)):
+            if not isinstance(output, (torch.Tensor, list, tuple)):
+                continue
+            types = (tensor_type(output),) if isinstance(output, torch.Tensor) else ()
+            call = Call(GETITEM, (position,), (), types)
+            part = self._add(
+                operator.getitem, (record, position), {}, call, record.phase, record.origin, {record.position}
+            )
+            if isinstance(output, torch.Tensor):
+                self._keep(output, part)
+            else:
+                self._keep_parts(output, part)
 
     # --- where operators come from ------------------------------------------------------------------------------
 
@@ -177,13 +210,13 @@ class Recorder(OperatorMode):
 
     def end_recomputation(self, whole: Sequence[torch.Tensor]) -> None:
         """What reads a tensor of ``whole`` depends on all that was recomputed."""
+        last = self._recomputed.pop()
         for tensor in whole:
-            node = self.graph.call_function(torch.ops.aten.detach.default, (self.node_of(tensor),))
+            made_by = self.record_of(tensor)
             call = Call("aten.detach.default", (tensor_type(tensor),), (), (tensor_type(tensor),))
-            last = self._recomputed[-1]
-            self._describe(node, call, Phase.RECOMPUTE, self.origin(), () if last is None else (last,))
-            self._keep(tensor, node)
-        self._recomputed.pop()
+            inputs = {made_by.position, made_by.position if last is None else last.position}
+            detach = torch.ops.aten.detach.default
+            self._keep(tensor, self._add(detach, (made_by,), {}, call, Phase.RECOMPUTE, made_by.origin, inputs))
 
     @contextmanager
     def rehearsal(self) -> Iterator[list[Call]]:
@@ -194,20 +227,6 @@ class Recorder(OperatorMode):
             yield calls
         finally:
             self._rehearsed = None
-
-    def nodes_since(self, last: torch.fx.Node) -> list[torch.fx.Node]:
-        """The nodes recorded after ``last``."""
-        nodes: list[torch.fx.Node] = []
-        for node in reversed(self.graph.nodes):
-            if node is last:
-                break
-            nodes.append(node)
-        return nodes[::-1]
-
-    @property
-    def last_node(self) -> torch.fx.Node:
-        node: torch.fx.Node = next(iter(reversed(self.graph.nodes)))
-        return node
 
 
 def _storage(tensor: torch.Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""Model + batch -> one joint forward and backward torch.fx graph, executed once on fake tensors.
+"""Model + batch -> one joint forward and backward graph, executed once on fake tensors.
 
 The step runs eagerly under a recording dispatch mode: what is recorded is what PyTorch really executes, in its
 order, dead forward operators included (``make_fx`` removes those, and takes about four times as long). No tensor
@@ -6,6 +6,7 @@ of the user's model is touched: fake ones stand in for its parameters and buffer
 """
 
 import logging
+import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,7 @@ from gtflops.capture.batches import Loss, batch_tensors, call_model, describe_ba
 from gtflops.capture.checkpoints import recorded_checkpoints
 from gtflops.capture.custom_functions import record_whole
 from gtflops.capture.fakes import fake, fake_parameter, without_garbage_collection
-from gtflops.capture.recording import Origin, Recorder
+from gtflops.capture.recording import Origin, Record, Recorder
 from gtflops.capture.requires_grad import RequiresGradMode
 from gtflops.capture.unchanged import unchanged
 from gtflops.capture.values import ValuesLostError
@@ -41,41 +42,64 @@ from gtflops.operators import Call
 
 @dataclass(frozen=True)
 class Trace:
-    """A captured step as torch.fx holds it.
+    """A captured step.
 
-    Every node's ``meta`` has ``call`` (:class:`gtflops.operators.Call`), ``phase``, ``module``, ``source``, ``storage``
-    and ``after``: the nodes that it depends on besides its arguments. ``gradients`` maps parameter names to nodes,
-    ``always`` are the gradients of other tensors; ``notes`` say where the closure of a selection may not be what
-    autograd executes.
+    ``gradients`` maps parameter names to positions in ``records``, ``always`` are the gradients of other tensors;
+    ``notes`` say where the closure of a selection may not be what autograd executes.
     """
 
     model: str
-    graph: torch.fx.Graph
-    gradients: Mapping[str, torch.fx.Node | None]
-    always: tuple[torch.fx.Node, ...]
-    loss: torch.fx.Node
+    records: tuple[Record, ...]
+    gradients: Mapping[str, int | None]
+    always: tuple[int, ...]
+    loss: int
     storage_bytes: tuple[int, ...]
     notes: tuple[str, ...]
 
     def to_graph(self) -> Graph:
-        """The same as plain data, without torch."""
-        index = {node: position for position, node in enumerate(self.graph.nodes)}
+        """The step as plain data, without torch."""
         shared: dict[Call, Call] = {}
         nodes = tuple(
             Node(
-                name=node.meta.get("name", node.name),
-                call=shared.setdefault(node.meta["call"], node.meta["call"]),
-                inputs=tuple(sorted({index[source] for source in (*node.all_input_nodes, *node.meta["after"])})),
-                phase=node.meta["phase"],
-                module=node.meta["module"],
-                source=node.meta["source"],
-                storage=node.meta["storage"],
+                name=record.name,
+                call=shared.setdefault(record.call, record.call),
+                inputs=tuple(sorted(record.inputs)),
+                phase=record.phase,
+                module=record.origin.module,
+                source=record.origin.source,
+                storage=record.storage,
             )
-            for node in self.graph.nodes
+            for record in self.records
         )
-        gradients = {name: None if node is None else index[node] for name, node in self.gradients.items()}
-        always = tuple(index[node] for node in self.always)
-        return Graph(self.model, nodes, gradients, index[self.loss], always, self.storage_bytes)
+        return Graph(self.model, nodes, self.gradients, self.loss, self.always, self.storage_bytes)
+
+    def to_fx(self) -> torch.fx.Graph:
+        """The step as a torch.fx graph that can be run, a node for each record in the same order.
+
+        Tensors that were there before are placeholders; ``meta["record"]`` of a node is its :class:`Record`.
+        """
+        graph = torch.fx.Graph()
+        nodes: list[torch.fx.Node] = []
+        for record in self.records:
+            if record.target is None:
+                node = graph.placeholder(f"{record.phase}_" + re.sub(r"\W", "_", record.name))
+            else:
+                args, kwargs = _with_nodes(record.args, nodes), _with_nodes(record.kwargs, nodes)
+                node = graph.call_function(record.target, args, kwargs)
+            node.meta["record"] = record
+            nodes.append(node)
+        return graph
+
+
+def _with_nodes(value: Any, nodes: Sequence[torch.fx.Node]) -> Any:
+    """Arguments of a record with torch.fx nodes in the place of records."""
+    if isinstance(value, Record):
+        return nodes[value.position]
+    if isinstance(value, tuple):
+        return tuple(_with_nodes(item, nodes) for item in value)
+    if isinstance(value, dict):
+        return {name: _with_nodes(item, nodes) for name, item in value.items()}
+    return value
 
 
 def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace:
@@ -165,13 +189,13 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
                 f"{type(model).__name__} refused the batch {describe_batch(batch)}: {type(error).__name__}: {error}, "
                 f"at {_user_line(error)}; expected a mapping of the forward's arguments, a tuple, or a tensor"
             ) from error
-        nodes = [None if gradient is None else recorder.node_of(gradient) for gradient in gradients]
+        positions = [None if gradient is None else recorder.record_of(gradient).position for gradient in gradients]
         return Trace(
             model=type(model).__name__,
-            graph=recorder.graph,
-            gradients=dict(zip(trainable, nodes, strict=False)),
-            always=tuple(node for node in nodes[len(trainable) :] if node is not None),
-            loss=recorder.node_of(value),
+            records=tuple(recorder.records),
+            gradients=dict(zip(trainable, positions, strict=False)),
+            always=tuple(position for position in positions[len(trainable) :] if position is not None),
+            loss=recorder.record_of(value).position,
             storage_bytes=tuple(recorder.storage_bytes),
             notes=_notes(model, parameters, uncertain, requires_grad, recorder),
         )
@@ -221,7 +245,7 @@ def _notes(
         )
     if recorder.values.asked:
         notes.append("the code asks for values of the batch: the operators are those of the batch that was given")
-    if renamed := sum(_is_renamed_if_frozen(node) for node in recorder.graph.nodes):
+    if renamed := sum(_is_renamed_if_frozen(record) for record in recorder.records):
         notes.append(
             f"{renamed} operators have another name, at the same FLOPs, where the tensor that they take is frozen: mm, "
             "a product by a matrix, may be bmm, a batch of products; _embedding_bag is _embedding_bag_forward_only"
@@ -235,22 +259,18 @@ def _notes(
     return tuple(notes)
 
 
-def _is_renamed_if_frozen(node: torch.fx.Node) -> bool:
+def _is_renamed_if_frozen(record: Record) -> bool:
     """Whether PyTorch chooses this operator because a tensor requires a gradient.
 
     ``torch.matmul`` copies its left side to make one product of a batch of them, if the right side is trained.
     """
-    if node.meta["phase"] is not Phase.FORWARD or node.target is not torch.ops.aten.mm.default:
-        return node.target is torch.ops.aten._embedding_bag.default
-    left = node.args[0]
-    if not (isinstance(left, torch.fx.Node) and left.target is torch.ops.aten._unsafe_view.default):
+    if record.phase is not Phase.FORWARD or record.target is not torch.ops.aten.mm.default:
+        return record.target is torch.ops.aten._embedding_bag.default
+    left = record.args[0]
+    if left.target is not torch.ops.aten._unsafe_view.default:
         return False
     copied = left.args[0]
-    return (
-        isinstance(copied, torch.fx.Node)
-        and copied.target is torch.ops.aten.clone.default
-        and len(copied.meta["call"].output.shape) > 2
-    )
+    return copied.target is torch.ops.aten.clone.default and len(copied.call.output.shape) > 2
 
 
 def _autograd_nodes(value: torch.Tensor) -> Iterator[Any]:
