@@ -109,17 +109,21 @@ def test_a_warm_up_from_zero() -> None:
 
 
 def test_operators_without_a_price_are_refused_or_allowed() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Softplus(), torch.nn.Linear(4, 4))
+    class Exponential(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) @ torch.linalg.matrix_exp(self.weight)
+
+    model = Exponential(4, 4)
     optimizer, x = torch.optim.AdamW(model.parameters()), torch.randn(8, 4)
     options: dict[str, Any] = {"loss": lambda y, _: y.square().mean(), "count_executed": True}
     for budget in (None, 0.9):
-        with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\.softplus"):
+        with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\.linalg_matrix_exp"):
             gtflops.GreenTrainer(model, optimizer, x, budget, **options)
     log = gtflops.GreenTrainer(model, optimizer, x, 0.9, allow_unsupported=True, **options).fit([x])
     assert log.executed_flops == log.planned_flops
     with gtflops.ExecutedFlops() as executed:
         model(x)
-    with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\.softplus\.default \(1 times\)"):
+    with pytest.raises(gtflops.UnsupportedOperatorError, match=r"aten\.linalg_matrix_exp\.default \(1 times\)"):
         _ = executed.total
 
 
