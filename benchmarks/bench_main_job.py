@@ -14,6 +14,7 @@ from gtflops.capture import architecture
 from published_recursion import published_selection
 
 SMOLLM2, OPT = "HuggingFaceTB/SmolLM2-135M", "facebook/opt-2.7b"
+TRACED = [SMOLLM2, OPT, "google/flan-t5-xl", "meta-llama/Llama-2-70b"]
 
 
 def fake_step(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor], FakeTensorMode]:
@@ -26,7 +27,7 @@ def fake_step(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor], Fake
     return model, batch, mode
 
 
-@pytest.fixture(scope="module", params=[SMOLLM2, OPT], ids=lambda name: name.rpartition("/")[2])
+@pytest.fixture(scope="module", params=TRACED, ids=lambda name: name.rpartition("/")[2])
 def step(request: pytest.FixtureRequest) -> tuple[str, Any]:
     return request.param, fake_step(request.param)
 
@@ -63,12 +64,30 @@ def test_query_by_step_flops(benchmark: Any, opt: gtflops.Profile) -> None:
     benchmark(opt.step_flops, mask)
 
 
+def test_query_of_a_thousand_in_one_call(benchmark: Any, opt: gtflops.Profile) -> None:
+    benchmark.group = "FLOPs of 1,000 selections, OPT-2.7B"
+    benchmark(opt.step_flops_of_many, np.random.default_rng(0).random((1000, len(opt.names))) < 0.3)
+
+
 def test_query_by_flop_counter_mode(benchmark: Any) -> None:
     benchmark.group = "FLOPs of one selection, OPT-2.7B"
     model, batch, mode = fake_step(OPT)
     for parameter, chosen in zip(model.parameters(), np.random.default_rng(0).random(516) < 0.3, strict=True):
         parameter.requires_grad_(bool(chosen))
     benchmark.pedantic(lambda: counting_run(model, batch, mode), rounds=3, warmup_rounds=1)
+
+
+def test_other_shape_by_at(benchmark: Any, opt: gtflops.Profile) -> None:
+    benchmark.group = "profile of another length, OPT-2.7B"
+    for length in (768, 300, 400, 500):  # the traces that determine the polynomials
+        opt.at(seq_len=length)
+    lengths = iter(range(301, 768))
+    benchmark.pedantic(lambda: opt.at(seq_len=next(lengths)).full_flops, rounds=20)
+
+
+def test_other_shape_by_a_trace(benchmark: Any, opt: gtflops.Profile) -> None:
+    benchmark.group = "profile of another length, OPT-2.7B"
+    benchmark.pedantic(lambda: gtflops.profile(OPT, batch_size=4, seq_len=640).full_flops, rounds=3)
 
 
 @pytest.mark.parametrize("budget", [0.4, 0.5, 0.7])

@@ -49,7 +49,9 @@ Model = Annotated[
     typer.Argument(help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.", show_default=False),
 ]
 BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.", min=1)]
-SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", min=1)]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens in a sequence; 512 unless given. Classifiers of images have none.", min=1)
+]
 AttentionOption = Annotated[Attention, typer.Option(help="Attention of a model built by name.")]
 AllowUnsupported = Annotated[bool, typer.Option(help="Count operators without a price as free.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -80,7 +82,7 @@ def _options(
 def profile_command(
     model: Model,
     batch_size: BatchSize = 4,
-    seq_len: SeqLen = 512,
+    seq_len: SeqLen = None,
     attention: AttentionOption = Attention.EAGER,
     save: Annotated[Path | None, typer.Option(help="Write the profile here, for select and later reports.")] = None,
     html: Html = None,
@@ -114,7 +116,7 @@ def verify_command(
     model: Annotated[str, typer.Argument(help="A local folder, a preset, or a Hugging Face id.", show_default=False)],
     selections: Annotated[int, typer.Option(help="Random selections, besides none, all, first and last.", min=0)] = 5,
     batch_size: BatchSize = 4,
-    seq_len: SeqLen = 512,
+    seq_len: SeqLen = None,
     attention: AttentionOption = Attention.EAGER,
     seed: Annotated[int, typer.Option(help="Of the random selections.")] = 0,
     as_json: AsJson = False,
@@ -130,6 +132,7 @@ def verify_command(
     from gtflops.report.terminal import verification_tables
 
     with err.status(f"tracing {model}"):
+        seq_len = _length(model, seq_len)
         costs = profile(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value)
     built = architecture(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value)
     with err.status("running real steps"):
@@ -155,7 +158,7 @@ def select_command(
     ],
     budget: Budget = 0.5,
     batch_size: BatchSize = 4,
-    seq_len: SeqLen = 512,
+    seq_len: SeqLen = None,
     attention: AttentionOption = Attention.EAGER,
     allow_unsupported: AllowUnsupported = False,
     html: Html = None,
@@ -190,7 +193,7 @@ def ops_command(
         str | None, typer.Option(help="List what this model uses: a saved profile, a folder, a preset or an id.")
     ] = None,
     batch_size: BatchSize = 4,
-    seq_len: SeqLen = 512,
+    seq_len: SeqLen = None,
     attention: AttentionOption = Attention.EAGER,
     kind: Annotated[Kind | None, typer.Option(help="Only operators of this class.")] = None,
     as_json: AsJson = False,
@@ -229,7 +232,7 @@ def train_command(
     steps: Steps = 75,
     every: Every = 25,
     batch_size: BatchSize = 4,
-    seq_len: SeqLen = 224,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", min=1)] = 224,
     learning_rate: Annotated[float, typer.Option(help="Peak of a linear decay to 0, AdamW.", min=0)] = 5e-5,
     seed: Annotated[int, typer.Option(help="Of the order of the examples and of dropout.")] = 0,
     attention: AttentionOption = Attention.EAGER,
@@ -439,7 +442,9 @@ def _say_written(*paths: Path | None) -> None:
 # --- what is read and called ------------------------------------------------------------------------------------
 
 
-def _profile(model: str, batch_size: int, seq_len: int, attention: Attention, *, compiled: bool = False) -> "Profile":
+def _profile(
+    model: str, batch_size: int, seq_len: int | None, attention: Attention, *, compiled: bool = False
+) -> "Profile":
     """A saved profile, or a new one of a model by name."""
     from gtflops.profiling import Profile, profile
 
@@ -453,7 +458,15 @@ def _profile(model: str, batch_size: int, seq_len: int, attention: Attention, *,
         return saved
     graph: Literal["eager", "compiled"] = "compiled" if compiled else "eager"
     with err.status(f"tracing {model}"):
+        seq_len = _length(model, seq_len)
         return profile(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value, graph=graph)
+
+
+def _length(model: str, seq_len: int | None) -> int | None:
+    """The length that was asked for, or the default of models that have one."""
+    from gtflops.capture import takes_images
+
+    return 512 if seq_len is None and not takes_images(model) else seq_len
 
 
 def _read(path: str) -> dict[str, float]:

@@ -574,7 +574,8 @@ def profile(
     (a mapping of the forward's arguments, a tuple, or a tensor); ``loss(outputs, batch)`` gives a scalar tensor,
     ``outputs.loss`` without it. The model is left as it was, to the bit. Or ``profile(name, batch_size=,
     seq_len=)`` with a local folder, a preset or a Hugging Face id: only the architecture is built, without weights;
-    ``decoder_len`` is the length of an encoder-decoder's labels, ``seq_len`` unless given.
+    ``decoder_len`` is the length of an encoder-decoder's labels, ``seq_len`` unless given; a classifier of images has
+    none of both.
 
     ``graph="compiled"`` adds :attr:`Profile.compiled`: what ``torch.compile`` would run of the step, for the tensors
     of the model that require gradients now (all of them by name), to be held beside the eager prediction for the
@@ -603,7 +604,7 @@ def profile(
         source = Live(model, batch, loss)
         traced = source.profiled()
     elif isinstance(model, (str, os.PathLike)):
-        if batch is not None or batch_size is None or seq_len is None:
+        if batch is not None or batch_size is None:
             raise InputError("a model is profiled by name on sizes: expected profile(name, batch_size=4, seq_len=512)")
         name = os.fspath(model)
         built = architecture(name, batch_size=batch_size, seq_len=seq_len, decoder_len=decoder_len, attention=attention)

@@ -259,6 +259,13 @@ def test_data_dependent_control_flow_names_the_line(model: type[torch.nn.Linear]
     assert f"{__file__}:{number}: {code}" in str(raised.value)
 
 
+def test_a_loop_over_experts_is_refused_with_what_would_work() -> None:
+    case = ZOO["mixtral-eager"]()
+    case.model.set_experts_implementation("eager")  # type: ignore[operator]
+    with pytest.raises(gtflops.UnsupportedModelError, match=r'set_experts_implementation\("grouped_mm"\)'):
+        gtflops.profile(case.model, case.batch)
+
+
 def test_input_gradients_run_whatever_is_trained() -> None:
     """enable_input_require_grads makes the backward run down to the embedding, whatever is trained."""
     model, batch = build("llama"), padded_batch()
@@ -517,9 +524,10 @@ def test_a_local_folder(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"model": "gpt2"}, "on sizes"),
+        ({"model": "gpt2", "batch_size": 2}, "seq_len is missing: gpt2 takes tokens"),
         ({"model": "gpt2", "batch_size": 0, "seq_len": 8}, "batch_size is 0"),
         ({"model": "facebook/opt-125m", "batch_size": 1, "seq_len": 4096}, "beyond the 2048 positions"),
-        ({"model": "google/vit-base-patch16-224", "batch_size": 1, "seq_len": 8}, "no batch of tokens"),
+        ({"model": "google/vit-base-patch16-224", "batch_size": 1, "seq_len": 8}, "takes images"),
         ({"model": torch.nn.Linear(2, 2)}, "on a batch"),
         ({"model": 3}, "model is a int"),
     ],

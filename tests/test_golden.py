@@ -74,6 +74,29 @@ def test_forward_by_fvcore() -> None:
         assert count_forward_by_fvcore(model, batch).flops == forward
 
 
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_is_profiled_with_a_price_for_every_operator(name: str) -> None:
+    sizes = {"batch_size": 2} if "vit" in name else {"batch_size": 2, "seq_len": 16}
+    profile = gtflops.profile(name, **sizes)
+    assert profile.unsupported == ()
+    assert profile.full_flops > 6 * 2 * 16 * 1e6
+
+
+def test_a_classifier_of_images_by_name() -> None:
+    """ViT-B/16: 196 patches and a class token; the head that is trained on them has two labels by default."""
+    profile = gtflops.profile("google/vit-base-patch16-224", batch_size=4)
+    tokens, width, inner = 197, 768, 3072
+    layer = 2 * tokens * (4 * width * width + 2 * width * inner) + 2 * 2 * tokens * tokens * width
+    patches, head = 2 * 196 * (3 * 16 * 16) * width, 2 * width * 2
+    assert profile.step_flops("none", ops="matmul").forward == 4 * (12 * layer + patches + head)
+    assert (
+        profile.at(batch_size=6).forward_flops
+        == gtflops.profile("google/vit-base-patch16-224", batch_size=6).forward_flops
+    )
+    with pytest.raises(gtflops.InputError, match="expected batch_size alone"):
+        gtflops.profile("google/vit-base-patch16-224", batch_size=4, seq_len=8)
+
+
 def test_every_language_model_preset_builds_without_weights() -> None:
     from gtflops.capture import architecture
 

@@ -294,3 +294,16 @@ def test_the_graph_keeps_lines_dtypes_and_memory() -> None:
     for node in profile.graph.nodes:
         if node.storage is not None and node.call.op == "aten.mm.default":
             assert profile.graph.storage_bytes[node.storage] == 4 * node.call.output.numel
+
+
+def test_memory_of_a_large_model() -> None:
+    """Llama-2-70B, 138 GB of weights in bfloat16, is profiled in less than 1.5 GB."""
+    code = (
+        "import resource, gtflops\n"
+        "profile = gtflops.profile('meta-llama/Llama-2-70b', batch_size=4, seq_len=512)\n"
+        "print(profile.full_flops, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    full_flops, kibibytes = map(int, printed.split()[-2:])
+    assert full_flops > 3 * 2 * 4 * 512 * 68e9
+    assert kibibytes < 1.5 * 2**20

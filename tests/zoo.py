@@ -75,7 +75,8 @@ DECODERS: dict[str, Callable[[], Any]] = {
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
     ),
     "phi": lambda: hf.PhiConfig(**SMALL),
-    "mixtral": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4, experts_implementation="batched_mm"),
+    "mixtral": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4),
+    "mixtral-batched": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4, experts_implementation="batched_mm"),
     "mamba": lambda: hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 WITHOUT_SDPA = ("bloom", "mamba", "deberta-v2", "gemma2")

@@ -1,6 +1,6 @@
 """Model + batch -> graph. The one room that runs models; needs torch."""
 
-from gtflops.capture.architectures import Architecture, architecture, presets
+from gtflops.capture.architectures import Architecture, architecture, presets, takes_images
 from gtflops.capture.batches import Loss, batch_types, call_model, loss_of
 from gtflops.capture.dispatch import ExecutedFlops
 from gtflops.capture.torch_formulas import torch_formula
@@ -20,6 +20,7 @@ __all__ = [
     "call_model",
     "loss_of",
     "presets",
+    "takes_images",
     "trace",
     "unchanged",
 ]

@@ -39,18 +39,23 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def architecture(
-    name: str, *, batch_size: int, seq_len: int, decoder_len: int | None = None, attention: Attention = "eager"
+    name: str,
+    *,
+    batch_size: int,
+    seq_len: int | None = None,
+    decoder_len: int | None = None,
+    attention: Attention = "eager",
 ) -> Architecture:
     """The model called ``name`` in training mode on meta tensors, and a batch of ``batch_size`` x ``seq_len`` tokens.
 
-    The labels of an encoder-decoder are ``decoder_len`` tokens, ``seq_len`` unless given. ``name`` is a local folder
+    A classifier of images has no ``seq_len``, but images of the size in its configuration. The labels of an encoder-decoder are ``decoder_len`` tokens, ``seq_len`` unless given. ``name`` is a local folder
     with a ``config.json``, a preset, or a Hugging Face id in the cache or on the hub; of the last two only the
-    configuration is read. Every position is real (no padding) and has a label. InputError for an unknown name, a non-
-    positive size, a length beyond the model's positions or of a decoder that it has not; UnsupportedModelError for a
-    model that is no language model.
+    configuration is read. Every position is real (no padding) and has a label. InputError for an unknown name, a size
+    below 1, a length beyond the model's positions or one that it does not have; UnsupportedModelError for a
+    model that takes neither tokens nor images.
     """
     for label, size in (("batch_size", batch_size), ("seq_len", seq_len), ("decoder_len", decoder_len)):
-        if label == "decoder_len" and size is None:
+        if label != "batch_size" and size is None:
             continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise InputError(f"{label} is {size!r}, expected a positive integer")
@@ -66,29 +71,58 @@ def architecture(
             "by itself; build it and call gtflops.profile(model, batch)"
         ) from error
     longest = getattr(config, "max_position_embeddings", None)
-    for label, size in (("seq_len", seq_len), ("decoder_len", decoder_len or 0)):
-        if isinstance(longest, int) and size > longest:
+    for label, size in (("seq_len", seq_len), ("decoder_len", decoder_len)):
+        if isinstance(longest, int) and size is not None and size > longest:
             raise InputError(f"{label} {size} is beyond the {longest} positions of {name}; expected at most {longest}")
     auto = _auto_class(name, config)
-    if auto is transformers.AutoModelForSeq2SeqLM:
-        sizes = Sizes(batch_size, seq_len, decoder_len or seq_len)
-    elif decoder_len is None:
-        sizes = Sizes(batch_size, seq_len)
-    else:
-        raise InputError(f"decoder_len is {decoder_len}, but {name} is no encoder-decoder; expected seq_len alone")
+    sizes = _sizes(name, auto, batch_size, seq_len, decoder_len)
     with torch.device("meta"):
         model = auto.from_config(config, attn_implementation=attention)
         if settings.get("tie_word_embeddings") is False:
             _untie(model)
-        tokens = torch.empty((batch_size, seq_len), dtype=torch.int64)
-        labels = torch.empty((batch_size, sizes.decoder_len or seq_len), dtype=torch.int64)
-        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+        batch = _images(config, sizes) if sizes.seq_len is None else _tokens(sizes.seq_len, sizes)
     notes = (
-        f"architecture of {name}, no padding, a label at every position",
+        f"architecture of {name}, " + ("a label for every image" if sizes.seq_len is None else _NO_PADDING),
         f"attention is {attention}, on no device in particular: a fused kernel's backward computes the scores once "
         "more; profile the model itself on its device to price the kernel that runs there",
     )
     return Architecture(model.train(), batch, sizes, notes)
+
+
+_NO_PADDING = "no padding, a label at every position"
+
+
+def takes_images(name: str) -> bool:
+    """Whether the model called ``name`` is a classifier of images, which has no ``seq_len``."""
+    kind = transformers.CONFIG_MAPPING.get(str(_settings(name).get("model_type")), None)
+    return kind is not None and _image_classifier(kind)
+
+
+def _sizes(name: str, auto: Any, batch_size: int, seq_len: int | None, decoder_len: int | None) -> Sizes:
+    if auto is transformers.AutoModelForImageClassification:
+        if seq_len is not None or decoder_len is not None:
+            raise InputError(f"{name} takes images of the size in its configuration; expected batch_size alone")
+        return Sizes(batch_size)
+    if seq_len is None:
+        raise InputError(f"seq_len is missing: {name} takes tokens; expected batch_size and seq_len")
+    if auto is transformers.AutoModelForSeq2SeqLM:
+        return Sizes(batch_size, seq_len, decoder_len or seq_len)
+    if decoder_len is not None:
+        raise InputError(f"decoder_len is {decoder_len}, but {name} is no encoder-decoder; expected seq_len alone")
+    return Sizes(batch_size, seq_len)
+
+
+def _tokens(seq_len: int, sizes: Sizes) -> dict[str, torch.Tensor]:
+    tokens = torch.empty((sizes.batch_size, seq_len), dtype=torch.int64)
+    labels = torch.empty((sizes.batch_size, sizes.decoder_len or seq_len), dtype=torch.int64)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+
+def _images(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
+    side = getattr(config, "image_size", 224)
+    height, width = side if isinstance(side, (tuple, list)) else (side, side)
+    images = torch.empty((sizes.batch_size, getattr(config, "num_channels", 3), height, width))
+    return {"pixel_values": images, "labels": torch.empty(sizes.batch_size, dtype=torch.int64)}
 
 
 def _settings(name: str) -> dict[str, Any]:
@@ -140,10 +174,16 @@ def _auto_class(name: str, config: Any) -> Any:
         return transformers.AutoModelForMaskedLM
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
+    if _image_classifier(type(config)):
+        return transformers.AutoModelForImageClassification
     raise UnsupportedModelError(
-        f"{name} is a {config.model_type} model, which by name has no batch of tokens; "
+        f"{name} is a {config.model_type} model, which by name has no batch of tokens or images; "
         "build it and call gtflops.profile(model, batch)"
     )
+
+
+def _image_classifier(kind: type) -> bool:
+    return kind in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def _untie(model: Any) -> None:

@@ -178,7 +178,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             raise UnsupportedModelError(
                 f"the control flow or a shape of {type(model).__name__} depends on the values of its data "
                 f"({_reason(error)}), at {_user_line(error)}; expected a step whose operators depend on shapes alone: "
-                "replace the branch by torch.where or an argument"
+                f"replace the branch by torch.where or an argument{_experts_hint(model)}"
             ) from error
         except Exception as error:
             if recorder.phase is Phase.BACKWARD:
@@ -199,6 +199,13 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             storage_bytes=tuple(recorder.storage_bytes),
             notes=_notes(model, parameters, uncertain, requires_grad, recorder),
         )
+
+
+def _experts_hint(model: torch.nn.Module) -> str:
+    """transformers' plain loop over experts asks which of them have tokens; its other implementations do not."""
+    if getattr(getattr(model, "config", None), "_experts_implementation", None) != "eager":
+        return ""
+    return ', or for its experts model.set_experts_implementation("grouped_mm")'
 
 
 _WITH_FAST_PATH = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention)
