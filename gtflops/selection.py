@@ -162,6 +162,9 @@ def _values(profile: Profile, importance: Mapping[str, float]) -> npt.NDArray[np
     )
 
 
+_RUNS_ALWAYS = "what runs whatever is trained, input gradients included (model.disable_input_require_grads() ends them)"
+
+
 def _require_feasible(profile: Profile, values: npt.NDArray[np.float64], limit: int) -> None:
     if not (values > 0).any():
         raise InputError(
@@ -176,7 +179,7 @@ def _require_feasible(profile: Profile, values: npt.NDArray[np.float64], limit: 
     share = limit / full
     least = -(-10_000 * smallest // full) / 10_000  # rounded up
     reason = (
-        f"is below {'what runs whatever is trained' if floor.backward else 'the forward pass alone'} "
+        f"is below {_RUNS_ALWAYS if floor.backward else 'the forward pass alone'} "
         f"({floor.total / full:.4f} of a full step)"
         if limit < floor.total
         else "leaves too little for any tensor of positive importance"

@@ -25,6 +25,7 @@ from gtflops.report.summary import evenly, summarise, visible
 from gtflops.report.terminal import profile_tables, selection_table
 from gtflops.selection import Selection, select
 from gtflops.training.loop import TrainingLog
+from zoo import ZOO
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -520,3 +521,19 @@ def test_terminal_shows_hostile_names_as_text(width: int, hostile: Profile, host
 def test_summary_of_a_saved_profile_is_the_same(profile: Profile, tmp_path: Path) -> None:
     profile.save(tmp_path / "profile.json")
     assert summarise(Profile.load(tmp_path / "profile.json")) == summarise(profile)
+
+
+@pytest.mark.parametrize("suffix", [".html", ".md", ".json"])
+def test_recomputation_has_a_part_of_its_own(tmp_path: Path, suffix: str) -> None:
+    case = ZOO["checkpointed-blocks"]()
+    profile = gtflops.profile(case.model, case.batch, case.loss)
+    profile.report(tmp_path / f"report{suffix}")
+    text = (tmp_path / f"report{suffix}").read_text()
+    recompute = profile.step_flops("all").recompute
+    if suffix == ".json":
+        flops = json.loads(text)["flops"]
+        assert flops["recompute"]["all"] == recompute
+        assert flops["full"]["all"] == profile.full_flops == sum(flops[part]["all"] for part in ("forward", "dy", "dw", "recompute"))
+    else:
+        assert f"{recompute:,}" in text
+        assert "Recomputed forward" in text

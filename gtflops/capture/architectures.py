@@ -48,11 +48,12 @@ def architecture(
 ) -> Architecture:
     """The model called ``name`` in training mode on meta tensors, and a batch of ``batch_size`` x ``seq_len`` tokens.
 
-    A classifier of images has no ``seq_len``, but images of the size in its configuration. The labels of an encoder-decoder are ``decoder_len`` tokens, ``seq_len`` unless given. ``name`` is a local folder
-    with a ``config.json``, a preset, or a Hugging Face id in the cache or on the hub; of the last two only the
-    configuration is read. Every position is real (no padding) and has a label. InputError for an unknown name, a size
-    below 1, a length beyond the model's positions or one that it does not have; UnsupportedModelError for a
-    model that takes neither tokens nor images.
+    A classifier of images has no ``seq_len``, but images of the size in its configuration. The labels of an
+    encoder-decoder are ``decoder_len`` tokens, ``seq_len`` unless given. ``name`` is a local folder with a
+    ``config.json``, a preset, or a Hugging Face id in the cache or on the hub; of the last two only the configuration is
+    read. Every position is real (no padding) and has a label. InputError for an unknown name, a size below 1, a length
+    beyond the model's positions or one that it does not have; UnsupportedModelError for a model that takes neither
+    tokens nor images.
     """
     for label, size in (("batch_size", batch_size), ("seq_len", seq_len), ("decoder_len", decoder_len)):
         if label != "batch_size" and size is None:

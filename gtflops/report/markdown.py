@@ -31,14 +31,16 @@ def _document(summary: Summary) -> Iterator[str]:
         ),
     )
     yield "### By module\n"
+    again = ("Recomputed",) if summary.cost.recompute.all else ()
     yield from _table(
-        ("Module", "Forward", "Activation gradients", "Weight gradients", "Full step", "Share", "Parameters"),
+        ("Module", "Forward", "Activation gradients", "Weight gradients", *again, "Full step", "Share", "Parameters"),
         (
             (
                 name(row.name),
                 f"{row.cost.forward.all:,}",
                 f"{row.cost.dy.all:,}",
                 f"{row.cost.dw.all:,}",
+                *(f"{row.cost.recompute.all:,}" for _ in again),
                 f"{row.cost.full.all:,}",
                 share(row.cost.full.all, full.all),
                 f"{row.numel:,}",
