@@ -48,11 +48,16 @@ Model = Annotated[
     str,
     typer.Argument(help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.", show_default=False),
 ]
-BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.", min=1)]
+BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch; 4 unless given.", min=1)]
 SeqLen = Annotated[
     int | None, typer.Option(help="Tokens in a sequence; 512 unless given. Classifiers of images have none.", min=1)
 ]
-AttentionOption = Annotated[Attention, typer.Option(help="Attention of a model built by name.")]
+DecoderLen = Annotated[
+    int | None, typer.Option(help="Tokens of an encoder-decoder's labels; as many as --seq-len unless given.", min=1)
+]
+AttentionOption = Annotated[
+    Attention | None, typer.Option(help="Attention of a model built by name: eager unless given.")
+]
 AllowUnsupported = Annotated[bool, typer.Option(help="Count operators without a price as free.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.", dir_okay=False)]
@@ -81,9 +86,10 @@ def _options(
 @app.command("profile")
 def profile_command(
     model: Model,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = None,
     seq_len: SeqLen = None,
-    attention: AttentionOption = Attention.EAGER,
+    decoder_len: DecoderLen = None,
+    attention: AttentionOption = None,
     save: Annotated[Path | None, typer.Option(help="Write the profile here, for select and later reports.")] = None,
     html: Html = None,
     compiled: Annotated[
@@ -99,7 +105,9 @@ def profile_command(
     from gtflops.report.summary import summarise
     from gtflops.report.terminal import profile_tables
 
-    costs = _profile(model, batch_size, seq_len, attention, compiled=compiled)
+    _require_writable(html, ".html")
+    _require_writable(save)
+    costs = _profile(model, batch_size, seq_len, decoder_len, attention, compiled=compiled)
     if save is not None:
         costs.save(save)
     if html is not None:
@@ -115,9 +123,10 @@ def profile_command(
 def verify_command(
     model: Annotated[str, typer.Argument(help="A local folder, a preset, or a Hugging Face id.", show_default=False)],
     selections: Annotated[int, typer.Option(help="Random selections, besides none, all, first and last.", min=0)] = 5,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = None,
     seq_len: SeqLen = None,
-    attention: AttentionOption = Attention.EAGER,
+    decoder_len: DecoderLen = None,
+    attention: AttentionOption = None,
     seed: Annotated[int, typer.Option(help="Of the random selections.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -128,13 +137,14 @@ def verify_command(
     Example: gtflops verify facebook/opt-125m --batch-size 2 --seq-len 128 --selections 10
     """
     from gtflops.capture import architecture
-    from gtflops.profiling import profile
     from gtflops.report.terminal import verification_tables
 
-    with err.status(f"tracing {model}"):
-        seq_len = _length(model, seq_len)
-        costs = profile(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value)
-    built = architecture(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value)
+    if _is_saved(model):
+        raise InputError(
+            f"{model} is a saved profile, which holds no model to run; expected a folder, a preset or an id"
+        )
+    costs = _profile(model, batch_size, seq_len, decoder_len, attention)
+    built = architecture(model, **_sizes(model, batch_size, seq_len, decoder_len, attention))
     with err.status("running real steps"):
         found = costs.verify(built.model, built.batch, selections=selections, seed=seed)
     if as_json:
@@ -157,9 +167,10 @@ def select_command(
         ),
     ],
     budget: Budget = 0.5,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = None,
     seq_len: SeqLen = None,
-    attention: AttentionOption = Attention.EAGER,
+    decoder_len: DecoderLen = None,
+    attention: AttentionOption = None,
     allow_unsupported: AllowUnsupported = False,
     html: Html = None,
     as_json: AsJson = False,
@@ -171,7 +182,7 @@ def select_command(
     from gtflops.report.terminal import selection_table
     from gtflops.selection import select
 
-    costs = _profile(model, batch_size, seq_len, attention)
+    costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     values = (
         {tensor.name: float(tensor.numel) for tensor in costs.tensors} if importance == "numel" else _read(importance)
     )
@@ -192,9 +203,10 @@ def ops_command(
     model: Annotated[
         str | None, typer.Option(help="List what this model uses: a saved profile, a folder, a preset or an id.")
     ] = None,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = None,
     seq_len: SeqLen = None,
-    attention: AttentionOption = Attention.EAGER,
+    decoder_len: DecoderLen = None,
+    attention: AttentionOption = None,
     kind: Annotated[Kind | None, typer.Option(help="Only operators of this class.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -213,7 +225,7 @@ def ops_command(
         else:
             _print_wide(operators_table(entries))
         return
-    costs = _profile(model, batch_size, seq_len, attention)
+    costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     if as_json:
         operators = summarise(costs).to_json()["operators"]
         _print_json([row for row in operators if row["kind"] is None or kind in (None, row["kind"])])
@@ -231,11 +243,11 @@ def train_command(
     budget: Budget = 0.5,
     steps: Steps = 75,
     every: Every = 25,
-    batch_size: BatchSize = 4,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", min=1)] = 224,
     learning_rate: Annotated[float, typer.Option(help="Peak of a linear decay to 0, AdamW.", min=0)] = 5e-5,
     seed: Annotated[int, typer.Option(help="Of the order of the examples and of dropout.")] = 0,
-    attention: AttentionOption = Attention.EAGER,
+    attention: Annotated[Attention, typer.Option(help="Attention of the model.")] = Attention.EAGER,
     allow_unsupported: AllowUnsupported = False,
     save: Annotated[Path | None, typer.Option(help="Folder for the trained model.", file_okay=False)] = None,
     save_importance: Annotated[Path | None, typer.Option(help="Write the last importances here (JSON).")] = None,
@@ -442,31 +454,53 @@ def _say_written(*paths: Path | None) -> None:
 # --- what is read and called ------------------------------------------------------------------------------------
 
 
+def _is_saved(model: str) -> bool:
+    return model.endswith(".json") or Path(model).is_file()
+
+
 def _profile(
-    model: str, batch_size: int, seq_len: int | None, attention: Attention, *, compiled: bool = False
+    model: str,
+    batch_size: int | None,
+    seq_len: int | None,
+    decoder_len: int | None,
+    attention: Attention | None,
+    *,
+    compiled: bool = False,
 ) -> "Profile":
-    """A saved profile, or a new one of a model by name."""
+    """A saved profile, at other sizes if some are given, or a new one of a model by name."""
     from gtflops.profiling import Profile, profile
 
-    if model.endswith(".json") or Path(model).is_file():
-        saved = Profile.load(model)
-        if compiled and saved.compiled is None:
-            raise InputError(
-                f"{model} holds no compiled step, expected a profile that was saved with --compiled; profile the model "
-                "again by its name"
-            )
-        return saved
-    graph: Literal["eager", "compiled"] = "compiled" if compiled else "eager"
-    with err.status(f"tracing {model}"):
-        seq_len = _length(model, seq_len)
-        return profile(model, batch_size=batch_size, seq_len=seq_len, attention=attention.value, graph=graph)
+    if not _is_saved(model):
+        graph: Literal["eager", "compiled"] = "compiled" if compiled else "eager"
+        with err.status(f"tracing {model}"):
+            return profile(model, graph=graph, **_sizes(model, batch_size, seq_len, decoder_len, attention))
+    saved = Profile.load(model)
+    if attention is not None:
+        raise InputError(f"{model} is a saved profile, whose attention is what it was; leave --attention out")
+    if compiled and saved.compiled is None:
+        raise InputError(
+            f"{model} holds no compiled step, expected a profile that was saved with --compiled; profile the model "
+            "again by its name"
+        )
+    return (
+        saved.at(batch_size=batch_size, seq_len=seq_len, decoder_len=decoder_len)
+        if (batch_size or seq_len or decoder_len)
+        else saved
+    )
 
 
-def _length(model: str, seq_len: int | None) -> int | None:
-    """The length that was asked for, or the default of models that have one."""
+def _sizes(
+    model: str, batch_size: int | None, seq_len: int | None, decoder_len: int | None, attention: Attention | None
+) -> dict[str, Any]:
+    """What was asked for, with the defaults of the command line: a length only for models that have one."""
     from gtflops.capture import takes_images
 
-    return 512 if seq_len is None and not takes_images(model) else seq_len
+    return {
+        "batch_size": batch_size or 4,
+        "seq_len": 512 if seq_len is None and not takes_images(model) else seq_len,
+        "decoder_len": decoder_len,
+        "attention": (attention or Attention.EAGER).value,
+    }
 
 
 def _read(path: str) -> dict[str, float]:

@@ -134,6 +134,8 @@ class Graph:
         storage_bytes = tuple(int(size) for size in data["storage_bytes"])
         nodes: list[Node] = []
         for name, call, inputs, phase, module, source, storage in data["nodes"]:
+            if not 0 <= call < len(calls):
+                raise ValueError(f"node {name!r} has call {call!r}, which there is none of")
             if any(not 0 <= before < len(nodes) for before in inputs):
                 raise ValueError(f"node {name!r} has an input that does not stand before it")
             if storage is not None and not 0 <= storage < len(storage_bytes):
@@ -143,9 +145,13 @@ class Graph:
             )
         gradients: dict[str, int | None] = dict(data["gradients"])
         loss, always = data["loss"], tuple(data["always"])
-        for index in (*gradients.values(), *always, loss):
-            if index is not None and not 0 <= index < len(nodes):
-                raise ValueError(f"there is no node {index}")
+        parameters = {node.name for node in nodes if node.phase is Phase.PARAMETER}
+        for name in gradients:
+            if name not in parameters:
+                raise ValueError(f"there is a gradient of {name!r}, and no such tensor")
+        for index in (*(index for index in gradients.values() if index is not None), *always, loss):
+            if type(index) is not int or not 0 <= index < len(nodes):
+                raise ValueError(f"there is no node {index!r}")
         return cls(str(data["model"]), tuple(nodes), gradients, loss, always, storage_bytes)
 
 

@@ -124,7 +124,7 @@ class Profile:
         cls, graph: Graph, notes: Iterable[str] = (), versions: Mapping[str, str] | None = None
     ) -> "Profile":
         """Price every node of a graph by the operator table."""
-        prices = np.zeros((2, len(graph.nodes)), dtype=np.int64)
+        prices: list[Flops] = [Flops()] * len(graph.nodes)
         cache: dict[int, Flops | FlopsByOutput | None] = {}  # equal calls of a graph are one object
         where: dict[str, Counter[str]] = {}
         for index, node in enumerate(graph.nodes):
@@ -135,7 +135,7 @@ class Profile:
                 made_by = cache.get(id(graph.nodes[node.inputs[0]].call))  # none for a part of a part
                 if isinstance(made_by, FlopsByOutput):
                     assert isinstance(position, int)
-                    prices[:, index] = made_by.outputs[position]
+                    prices[index] = made_by.outputs[position]
                 continue
             if id(node.call) not in cache:
                 cache[id(node.call)] = price(node.call)
@@ -143,8 +143,8 @@ class Profile:
             if cost is None:
                 where.setdefault(node.call.op, Counter())[node.module] += 1
             else:
-                prices[:, index] = cost.shared if isinstance(cost, FlopsByOutput) else cost
-        prices.flags.writeable = False
+                prices[index] = cost.shared if isinstance(cost, FlopsByOutput) else cost
+        columns = _columns(graph, [flops.matmul for flops in prices], [flops.other for flops in prices])
         unsupported = tuple(
             UnsupportedOperator(op, counts.total(), tuple(module for module, _ in counts.most_common(3)))
             for op, counts in sorted(where.items())
@@ -155,7 +155,7 @@ class Profile:
             all_notes.append(f"the loss does not depend on {len(unused)} tensors, first {unused[0]}")
         return cls(
             graph,
-            prices,
+            columns,
             unsupported,
             tuple(dict.fromkeys(all_notes)),
             dict(versions or {"gtflops": version("gtflops")}),
@@ -336,7 +336,10 @@ class Profile:
     def require_prices(self) -> None:
         """UnsupportedOperatorError, which names them, where operators of the step have no price."""
         if self.unsupported:
-            listed = "; ".join(f"{op.name} ({op.count} times, in {', '.join(op.where)})" for op in self.unsupported)
+            listed = "; ".join(
+                f"{op.name} ({op.count} times, in {', '.join(module or 'no submodule' for module in op.where)})"
+                for op in self.unsupported
+            )
             raise UnsupportedOperatorError(
                 f"operators without a price: {listed}; their cost is unknown, so a budget would not hold. "
                 "allow_unsupported=True counts them as free"
@@ -431,9 +434,10 @@ class Profile:
                 "operators; profile the model again"
             )
         traced = self._shapes.at(sizes)
-        return replace(
-            Profile.from_graph(traced.graph, traced.notes, self.versions), _shapes=self._shapes, _sizes=sizes
-        )
+        notes = traced.notes
+        if self.compiled is not None:
+            notes = (*notes, "the compiled graph was of another shape and is left out: profile(..., graph='compiled')")
+        return replace(Profile.from_graph(traced.graph, notes, self.versions), _shapes=self._shapes, _sizes=sizes)
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -496,8 +500,7 @@ class Profile:
             if data["digest"] != _digest(content):
                 raise ValueError("its digest is another")
             graph = Graph.from_json(data["graph"])
-            prices = np.array([data["matmul"], data["other"]], dtype=np.int64)
-            prices.flags.writeable = False
+            prices = _columns(graph, data["matmul"], data["other"])
             unsupported = tuple(
                 UnsupportedOperator(name, count, tuple(where)) for name, count, where in data["unsupported"]
             )
@@ -545,6 +548,25 @@ class Profile:
         from gtflops.report import write
 
         write(Path(path), self)
+
+
+def _columns(graph: Graph, matmul: list[int], other: list[int]) -> npt.NDArray[np.int64]:
+    """Prices as int64 [2, nodes], so that no sum of them overflows. ValueError where they do not fit the graph."""
+    flops = [*matmul, *other]
+    if not len(matmul) == len(other) == len(graph.nodes) or any(type(cost) is not int or cost < 0 for cost in flops):
+        raise ValueError(f"{len(matmul)} and {len(other)} prices, expected a number of FLOPs for each node")
+    total = sum(flops)
+    if total > np.iinfo(np.int64).max:
+        dearest = max(range(len(flops)), key=flops.__getitem__)
+        node = graph.nodes[dearest % len(graph.nodes)]
+        raise InputError(
+            f"the step of {graph.model} costs {total:.3g} FLOP, more than 64 bits can hold ({flops[dearest]:.3g} of it "
+            f"one {node.call.op} in {node.module or 'no submodule'}); expected a smaller batch: costs are "
+            "proportional to its size"
+        )
+    prices = np.array([matmul, other], dtype=np.int64)
+    prices.flags.writeable = False
+    return prices
 
 
 def _checked(ops: Ops) -> Ops:
@@ -597,10 +619,18 @@ def profile(
 
     if graph not in ("eager", "compiled"):
         raise InputError(f"graph is {graph!r}, expected 'eager' or 'compiled'")
+    if attention not in ("eager", "sdpa"):
+        raise InputError(f"attention is {attention!r}, expected 'eager' or 'sdpa'")
+    if loss is not None and not callable(loss):
+        raise InputError(f"loss is {loss!r}, expected a function of (model outputs, batch) that gives a scalar tensor")
     source: Live | Named
     if isinstance(model, torch.nn.Module):
         if batch is None or any(size is not None for size in (batch_size, seq_len, decoder_len)):
             raise InputError("a model is profiled on a batch: expected profile(model, batch, loss=None)")
+        if attention != "eager":
+            raise InputError(
+                "attention is chosen for models by name; a model has its own: model.set_attn_implementation"
+            )
         source = Live(model, batch, loss)
         traced = source.profiled()
     elif isinstance(model, (str, os.PathLike)):

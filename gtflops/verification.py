@@ -3,21 +3,20 @@
 import random
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.nn.utils import stateless
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from gtflops.capture import Loss, call_model, loss_of, unchanged
-from gtflops.capture.batches import plain
+from gtflops.capture import Loss, batch_types, call_model, loss_of, unchanged
+from gtflops.capture.batches import with_tensors_replaced
 from gtflops.capture.dispatch import OperatorMode, describe_call
 from gtflops.errors import InputError
-from gtflops.operators import FlopsByOutput, price
+from gtflops.operators import FlopsByOutput, TensorType, lookup, price
 from gtflops.profiling import Profile, StepFlops
 
 
@@ -35,8 +34,8 @@ class Check:
     """One selection, as predicted and as a real step executed it (FLOPs).
 
     ``predicted`` and ``executed`` are both columns by gtflops' table, ``predicted_matmul`` and ``pytorch`` matrix
-    products; ``differences`` and ``pytorch_differences`` say by operator where they are not the same. ``unpriced`` are
-    executed operators without a price, with their number.
+    products (``None`` where PyTorch's counter fails on the model); ``differences`` and ``pytorch_differences`` say by
+    operator where they are not the same. ``unpriced`` are executed operators without a price, with their number.
     """
 
     selection: str
@@ -44,7 +43,7 @@ class Check:
     predicted: int
     executed: int
     predicted_matmul: int
-    pytorch: int
+    pytorch: int | None
     differences: tuple[Difference, ...]
     pytorch_differences: tuple[Difference, ...]
     unpriced: Mapping[str, int]
@@ -92,9 +91,13 @@ class Verification:
                 ] = None
             for operator, count in check.unpriced.items():
                 lines[f"{operator} has no price, and ran {count} times"] = None
+            if check.pytorch is None:
+                lines["PyTorch's counter fails on this model"] = None
             for difference in check.pytorch_differences:
+                entry = lookup(difference.operator)
+                ours = "" if entry is None else f"; here it is {entry.text} ({entry.source})"
                 reason = "no formula" if difference.other == 0 else "another formula"
-                lines[f"{difference.operator}: PyTorch's counter has {reason} for it"] = None
+                lines[f"{difference.operator}: PyTorch's counter has {reason} for it{ours}"] = None
         return list(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -106,10 +109,15 @@ def verify(
     profile: Profile, model: torch.nn.Module, batch: Any, loss: Loss | None = None, selections: Any = 5, seed: int = 0
 ) -> Verification:
     """Run real steps of ``model`` and compare them with ``profile``; see :meth:`gtflops.Profile.verify`."""
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"model is {model!r}, expected the torch.nn.Module that was profiled")
     profile.require_fit(model)
-    batch = pytree.tree_map_only(
-        torch.Tensor, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad), plain(batch)
-    )
+    if batch_types(batch) != profile.graph.batch:
+        raise InputError(
+            f"the batch has {_types(batch_types(batch))}, the profile is of {_types(profile.graph.batch)}; expected a "
+            "batch of the same shapes, or the profile of this one: profile.at(...) or gtflops.profile(model, batch)"
+        )
+    batch = with_tensors_replaced(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
     checks = tuple(
         _check(profile, model, batch, loss, label, names)
         for label, names in _selections(profile, selections, random.Random(seed))
@@ -120,6 +128,10 @@ def verify(
         count_forward_by_fvcore(model, batch),
         profile.notes,
     )
+
+
+def _types(batch: Mapping[str, TensorType]) -> str:
+    return ", ".join(f"{name}: {tensor.dtype} {list(tensor.shape)}" for name, tensor in batch.items()) or "no tensors"
 
 
 def _selections(profile: Profile, selections: Any, draw: random.Random) -> Iterator[tuple[str, list[str]]]:
@@ -143,28 +155,50 @@ def _selections(profile: Profile, selections: Any, draw: random.Random) -> Itera
 def _check(
     profile: Profile, model: torch.nn.Module, batch: Any, loss: Loss | None, label: str, names: Collection[str]
 ) -> Check:
-    counter, executed = FlopCounterMode(display=False), _Counting()
-    with _training_only(model, names), counter, executed:
+    def step() -> None:
         if names or profile.graph.always:
             loss_of(call_model(model, batch), batch, loss).backward()
         else:
             outputs = call_model(model, batch)
             if loss is not None:
                 loss(outputs, batch)
+
+    executed = _Counting()
+    try:
+        with _training_only(model, names), executed:
+            step()
+    except Exception as error:
+        raise InputError(
+            f"a real step of {type(model).__name__} failed: {type(error).__name__}: {error}; expected the model and "
+            "the batch that were profiled"
+        ) from error
+    by_pytorch = _counted_by_pytorch(model, names, step)
     predicted = _by_packet(profile.by_operator(names))
     predicted_matmul = _by_packet(profile.by_operator(names, ops="matmul"))
-    by_pytorch = Counter({str(op): int(flops) for op, flops in counter.get_flop_counts().get("Global", {}).items()})
     return Check(
         selection=label,
         tensors=len(names),
         predicted=profile.step_flops(names).total,
         executed=sum(executed.by_operator.values()),
         predicted_matmul=profile.step_flops(names, ops="matmul").total,
-        pytorch=by_pytorch.total(),
+        pytorch=None if by_pytorch is None else by_pytorch.total(),
         differences=_differences(predicted, executed.by_operator),
-        pytorch_differences=_differences(predicted_matmul, by_pytorch),
+        pytorch_differences=() if by_pytorch is None else _differences(predicted_matmul, by_pytorch),
         unpriced=dict(executed.unpriced),
     )
+
+
+def _counted_by_pytorch(
+    model: torch.nn.Module, names: Collection[str], step: Callable[[], None]
+) -> Counter[str] | None:
+    """FLOPs by operator of PyTorch's own counter, ``None`` where it fails: it tracks modules in ways of its own."""
+    counter = FlopCounterMode(display=False)
+    try:
+        with _training_only(model, names), counter:
+            step()
+    except Exception:
+        return None
+    return Counter({str(op): int(flops) for op, flops in counter.get_flop_counts().get("Global", {}).items()})
 
 
 def _by_packet(steps: Mapping[str, StepFlops]) -> Counter[str]:
@@ -214,7 +248,7 @@ class _Counting(OperatorMode):
 def _training_only(model: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
     """Real steps inside see parameters that require gradients as said, and leave the model as it was."""
     parameters = {
-        name: torch.nn.Parameter(tensor.detach(), requires_grad=name in names)
+        name: torch.nn.Parameter(tensor.detach().clone(), requires_grad=name in names)  # some models write into them
         for name, tensor in model.named_parameters()
     }
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}

@@ -50,10 +50,10 @@ def architecture(
 
     A classifier of images has no ``seq_len``, but images of the size in its configuration. The labels of an
     encoder-decoder are ``decoder_len`` tokens, ``seq_len`` unless given. ``name`` is a local folder with a
-    ``config.json``, a preset, or a Hugging Face id in the cache or on the hub; of the last two only the configuration is
-    read. Every position is real (no padding) and has a label. InputError for an unknown name, a size below 1, a length
-    beyond the model's positions or one that it does not have; UnsupportedModelError for a model that takes neither
-    tokens nor images.
+    ``config.json``, a preset, or a Hugging Face id in the cache or on the hub; only the configuration is read. Every
+    position is real (no padding) and has a label. InputError for an unknown name, a size below 1, a length beyond the
+    model's positions or one that it does not have; UnsupportedModelError for a model that takes neither tokens nor
+    images.
     """
     for label, size in (("batch_size", batch_size), ("seq_len", seq_len), ("decoder_len", decoder_len)):
         if label != "batch_size" and size is None:
@@ -71,22 +71,23 @@ def architecture(
             f"{name} is a model of type {model_type!r}, which transformers {transformers.__version__} does not build "
             "by itself; build it and call gtflops.profile(model, batch)"
         ) from error
-    longest = getattr(config, "max_position_embeddings", None)
-    for label, size in (("seq_len", seq_len), ("decoder_len", decoder_len)):
-        if isinstance(longest, int) and size is not None and size > longest:
-            raise InputError(f"{label} {size} is beyond the {longest} positions of {name}; expected at most {longest}")
     auto = _auto_class(name, config)
     sizes = _sizes(name, auto, batch_size, seq_len, decoder_len)
     with torch.device("meta"):
         model = auto.from_config(config, attn_implementation=attention)
         if settings.get("tie_word_embeddings") is False:
             _untie(model)
+    _require_positions(name, model, sizes)
+    with torch.device("meta"):
         batch = _images(config, sizes) if sizes.seq_len is None else _tokens(sizes.seq_len, sizes)
-    notes = (
+    notes: tuple[str, ...] = (
         f"architecture of {name}, " + ("a label for every image" if sizes.seq_len is None else _NO_PADDING),
         f"attention is {attention}, on no device in particular: a fused kernel's backward computes the scores once "
         "more; profile the model itself on its device to price the kernel that runs there",
     )
+    named = settings.get("architectures") or []
+    if named and type(model).__name__ not in named:
+        notes = (f"the configuration names {', '.join(named)}; profiled is a {type(model).__name__}", *notes)
     return Architecture(model.train(), batch, sizes, notes)
 
 
@@ -111,6 +112,27 @@ def _sizes(name: str, auto: Any, batch_size: int, seq_len: int | None, decoder_l
     if decoder_len is not None:
         raise InputError(f"decoder_len is {decoder_len}, but {name} is no encoder-decoder; expected seq_len alone")
     return Sizes(batch_size, seq_len)
+
+
+def _require_positions(name: str, model: torch.nn.Module, sizes: Sizes) -> None:
+    """InputError for a length beyond a learned table of positions; rotary and relative positions have no end."""
+    tables = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and path.rpartition(".")[2] in _POSITIONS
+    ]
+    for label, size in (("seq_len", sizes.seq_len), ("decoder_len", sizes.decoder_len)):
+        for table in tables:
+            # OPT and BART keep two rows for an offset; RoBERTa counts from the number of the padding token.
+            before = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+            if size is not None and size > (longest := table.num_embeddings - before):
+                raise InputError(
+                    f"{label} {size} is beyond the {longest} positions of {name}; expected at most {longest}"
+                )
+
+
+#: What transformers calls learned tables of positions.
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
 
 def _tokens(seq_len: int, sizes: Sizes) -> dict[str, torch.Tensor]:
@@ -173,7 +195,7 @@ def _auto_class(name: str, config: Any) -> Any:
         return transformers.AutoModelForSeq2SeqLM
     if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
         return transformers.AutoModelForMaskedLM
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False):
         return transformers.AutoModelForCausalLM
     if _image_classifier(type(config)):
         return transformers.AutoModelForImageClassification

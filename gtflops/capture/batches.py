@@ -1,5 +1,6 @@
 """Batches and what is done with them: calling a model, taking the loss, naming their tensors."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,11 +53,41 @@ def plain(batch: Any) -> Any:
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
-def batch_tensors(batch: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a batch by key or position."""
-    for path, leaf in pytree.tree_leaves_with_path(plain(batch)):
+def with_tensors_replaced(batch: Any, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of ``batch`` with other tensors, also in the attributes of objects such as dataclasses."""
+
+    def replaced(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "0", leaf
+            return replace(leaf)
+        own = {name: value for name, value in getattr(leaf, "__dict__", {}).items() if _holds_tensors(value)}
+        if not own or isinstance(leaf, (torch.nn.Module, type)):
+            return leaf
+        copied = copy.copy(leaf)
+        for name, value in own.items():
+            copied.__dict__[name] = with_tensors_replaced(value, replace)
+        return copied
+
+    return pytree.tree_map(replaced, plain(batch))
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(
+        isinstance(leaf, torch.Tensor) or any(map(_holds_tensors, getattr(leaf, "__dict__", {}).values()))
+        for leaf in pytree.tree_leaves(plain(value))
+        if not isinstance(leaf, (torch.nn.Module, type))
+    )
+
+
+def batch_tensors(batch: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a batch by key, position or attribute."""
+    for path, leaf in pytree.tree_leaves_with_path(plain(batch)):
+        keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+        if isinstance(leaf, torch.Tensor):
+            yield ".".join([prefix, *keys] if prefix else keys) or "0", leaf
+        elif not isinstance(leaf, (torch.nn.Module, type)):
+            for name, value in getattr(leaf, "__dict__", {}).items():
+                if _holds_tensors(value):
+                    yield from batch_tensors(value, ".".join([prefix, *keys, name] if prefix else [*keys, name]))
 
 
 def batch_types(batch: Any) -> dict[str, TensorType]:

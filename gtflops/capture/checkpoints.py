@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from gtflops.capture.recording import Recorder
 from gtflops.graph import Phase
@@ -37,6 +38,8 @@ def recorded_checkpoints(recorder: Recorder) -> Iterator[None]:
     saved: dict[int, list[torch.Tensor]] = {}
 
     def enter_recorded(hooks: Any) -> Any:
+        if recorder not in _get_current_dispatch_mode_stack():  # another thread's
+            return enter(hooks)
         if recorder.phase is not Phase.BACKWARD:
             torch._C._autograd._push_saved_tensors_default_hooks(
                 lambda tensor: _Packed(hooks.pack_hook(tensor)), lambda packed: packed.unpack(hooks.unpack_hook)

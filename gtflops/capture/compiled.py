@@ -30,9 +30,8 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import stateless
-from torch.utils import _pytree as pytree
 
-from gtflops.capture.batches import Loss, call_model, loss_of, plain
+from gtflops.capture.batches import Loss, call_model, loss_of, with_tensors_replaced
 from gtflops.capture.dispatch import OperatorMode, describe_call
 from gtflops.capture.fakes import fake, without_garbage_collection
 from gtflops.capture.unchanged import unchanged
@@ -76,7 +75,7 @@ def compiled_step(model: torch.nn.Module, batch: Any, loss: Loss | None = None) 
             for name, tensor in parameters.items()
         }
         buffers = {name: stand_in(tensor) for name, tensor in model.named_buffers()}
-        fake_batch = pytree.tree_map_only(torch.Tensor, stand_in, plain(batch))
+        fake_batch = with_tensors_replaced(batch, stand_in)
         if on_meta:
             # Dynamo does not follow the loss through meta tensors to its gradients (torch 2.13). As on meta, attention
             # is not fused, so that the eager prediction prices the same.
@@ -204,7 +203,8 @@ def _operators(module: torch.fx.GraphModule, part: Part) -> Iterator[tuple[Part,
                 continue
             again = position == 1 or (part == "backward" and "rng_state" in kwargs)
             if func.name() == "run_and_save_rng_state":
-                result = result[1]
+                # It has no value of its own; the one of the operator is on the node that picks it.
+                result = next((user.meta.get("val") for user in node.users if user.args[1:] == (1,)), None)
             func, args = args[position], args[position + 1 :]
             kwargs.pop("rng_state", None)
         if isinstance(func, OpOverload):  # the rest is arithmetic on sizes, and getitem

@@ -1,7 +1,7 @@
 """What the backward of a custom ``autograd.Function`` runs: all of it, or what its ``needs_input_grad`` asks for."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class _Backward:
         if len(asked) < 2:
             return {}
         alone: dict[int, Counter[Call]] = {}
+        state = dict(self._node.__dict__)
         try:
             _ = self._node.saved_tensors  # a checkpoint recomputes them now, not in the rehearsal
             for position in asked:
@@ -65,10 +66,12 @@ class _Backward:
                 with self._recorder.rehearsal() as calls:
                     self._node.apply(*gradients)
                 alone[position] = _priced(calls)
+                _restore(self._node, state)
         except Exception:  # whatever a Function does that is asked an unusual question; it is then taken whole
             return {}
         finally:
             self._node.needs_input_grad = needed
+            _restore(self._node, state)
         return alone
 
     def _dependent(
@@ -97,6 +100,26 @@ class _Backward:
                 seen.add(position)
                 yield records[position]
                 stack.extend(records[position].inputs)
+
+
+def _restore(node: BackwardCFunction, state: Mapping[str, Any]) -> None:
+    """What a Function keeps on its context, which its backward may use up."""
+    node.__dict__.clear()
+    node.__dict__.update(state)
+
+
+def asking_in_forward(autograd_nodes: Iterable[Any]) -> list[str]:
+    """The custom Functions whose forward reads ``ctx.needs_input_grad``, by name."""
+    classes = {getattr(node, "_forward_cls", None) for node in autograd_nodes if isinstance(node, BackwardCFunction)}
+    functions: Iterable[Any] = (function for function in classes if function is not None)
+    return sorted(
+        function.__name__
+        for function in functions
+        if any(
+            "needs_input_grad" in getattr(getattr(method, "__code__", None), "co_names", ())
+            for method in (function.forward, function.setup_context)
+        )
+    )
 
 
 def _priced(calls: Iterable[Call]) -> Counter[Call]:

@@ -20,7 +20,12 @@ def fake(fake_mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fake_parameter(fake_mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    return torch.nn.Parameter(fake(fake_mode, tensor), requires_grad=tensor.is_floating_point())
+    """A parameter without data, trainable if it is floating-point, with what its model has put on ``tensor``."""
+    parameter = torch.nn.Parameter(fake(fake_mode, tensor), requires_grad=tensor.is_floating_point())
+    for name, value in getattr(tensor, "__dict__", {}).items():
+        if not hasattr(parameter, name):
+            setattr(parameter, name, value)
+    return parameter
 
 
 @contextmanager

@@ -19,19 +19,23 @@ class RequiresGradMode(TorchFunctionMode):
 
     ``made`` are tensors other than parameters that were made to require one (``enable_input_require_grads`` does that):
     a step computes their gradients whatever is trained. ``asked`` are the lines whose answer depends on the selection;
-    here, it is that of everything trained.
+    here, it is that of everything trained. ``trained_masks`` counts calls of attention whose mask requires a gradient.
     """
 
     def __init__(self, parameters: Container[int]) -> None:
         super().__init__()
         self.made: dict[int, torch.Tensor] = {}
         self.asked: dict[str, None] = {}
+        self.trained_masks = 0
         self._parameters = parameters
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         wanted = False
-        if func == _READ:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            self.trained_masks += isinstance(mask, torch.Tensor) and mask.requires_grad
+        elif func == _READ:
             frame = sys._getframe(1)
             if is_models_or_layers(frame.f_code):
                 self.asked[f"{frame.f_code.co_filename}:{frame.f_lineno}"] = None

@@ -7,6 +7,7 @@ of the user's model is touched: fake ones stand in for its parameters and buffer
 
 import logging
 import re
+import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,19 +26,18 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.nn.utils import stateless
-from torch.utils import _pytree as pytree
 
-from gtflops.capture.batches import Loss, batch_tensors, call_model, describe_batch, loss_of, plain
+from gtflops.capture.batches import Loss, batch_tensors, call_model, describe_batch, loss_of, with_tensors_replaced
 from gtflops.capture.checkpoints import recorded_checkpoints
-from gtflops.capture.custom_functions import record_whole
+from gtflops.capture.custom_functions import asking_in_forward, record_whole
 from gtflops.capture.fakes import fake, fake_parameter, without_garbage_collection
 from gtflops.capture.recording import Origin, Record, Recorder
 from gtflops.capture.requires_grad import RequiresGradMode
 from gtflops.capture.unchanged import unchanged
 from gtflops.capture.values import ValuesLostError
 from gtflops.errors import InputError, UnsupportedModelError
-from gtflops.graph import Graph, Node, Phase
-from gtflops.operators import Call
+from gtflops.graph import GETITEM, Graph, Node, Phase
+from gtflops.operators import Call, Kind, lookup
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
     on, and UnsupportedModelError where the model's control flow depends on data, with the line, or its backward cannot
     be priced.
     """
-    lazy = [name for name, tensor in model.named_parameters() if torch.nn.parameter.is_lazy(tensor)]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    lazy = [name for name, tensor in tensors.items() if torch.nn.parameter.is_lazy(tensor)]
     if lazy:
         raise InputError(f"the tensor {lazy[0]!r} has no shape yet; expected a model that has seen one batch")
     if not any(tensor.is_floating_point() for tensor in model.parameters()):
@@ -120,10 +121,15 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
             f"{type(model).__name__} has no floating-point parameters, so there is nothing to train; "
             "expected a model with at least one"
         )
-    try:
-        return _trace(model, batch, loss, with_values=True)
-    except ValuesLostError:
-        return _trace(model, batch, loss, with_values=False)
+    with _ONE_AT_A_TIME:
+        try:
+            return _trace(model, batch, loss, with_values=True)
+        except ValuesLostError:
+            return _trace(model, batch, loss, with_values=False)
+
+
+#: A trace swaps the parameters of its model, and how saved tensors are packed in this process.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values: bool) -> Trace:
@@ -136,6 +142,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
         stack.enter_context(unchanged(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))  # it looks for NaNs, where there is no data
         own = {name: fake_parameter(fake_mode, tensor) for name, tensor in parameters.items()}
         own_buffers = {name: fake(fake_mode, tensor) for name, tensor in buffers.items()}
         without_data = all(tensor.is_meta for tensor in parameters.values())  # then the batch needs none either
@@ -148,7 +155,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
                 return copied
             return fake(fake_mode, tensor.to("meta") if without_data else tensor).requires_grad_(tensor.requires_grad)
 
-        own_batch = pytree.tree_map_only(torch.Tensor, stand_in, plain(batch))
+        own_batch = with_tensors_replaced(batch, stand_in)
         for name, tensor in own.items():
             recorder.add_input(name, tensor, Phase.PARAMETER, Origin(name.rpartition(".")[0], ""))
         for name, tensor in own_buffers.items():
@@ -172,6 +179,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             recorder.phase = Phase.BACKWARD
             wanted = [*trainable.values(), *others.values()]
             gradients = torch.autograd.grad(value, wanted, allow_unused=True)
+            _refuse_inner_backward(own)
         except (InputError, UnsupportedModelError, ValuesLostError):
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -197,7 +205,15 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             always=tuple(position for position in positions[len(trainable) :] if position is not None),
             loss=recorder.record_of(value).position,
             storage_bytes=tuple(recorder.storage_bytes),
-            notes=_notes(model, parameters, uncertain, requires_grad, recorder),
+            notes=_notes(
+                model,
+                parameters,
+                uncertain,
+                asking_in_forward(autograd_nodes),
+                requires_grad,
+                recorder,
+                [position for position in positions if position is not None],
+            ),
         )
 
 
@@ -223,8 +239,10 @@ def _notes(
     model: torch.nn.Module,
     parameters: Mapping[str, torch.Tensor],
     uncertain: Sequence[str],
+    asking: Sequence[str],
     requires_grad: RequiresGradMode,
     recorder: Recorder,
+    results: Iterable[int],
 ) -> tuple[str, ...]:
     """Where the closure of a selection may not be what autograd executes."""
     notes = [
@@ -232,6 +250,19 @@ def _notes(
         "asked for; it is taken to compute all"
         for name in uncertain
     ]
+    notes += [
+        f"the forward of the custom autograd.Function {name} reads ctx.needs_input_grad: its operators are those of "
+        "everything trained"
+        for name in asking
+    ]
+    if requires_grad.trained_masks:
+        notes.append(
+            f"{requires_grad.trained_masks} calls of scaled_dot_product_attention have a mask that is trained, for "
+            "which PyTorch takes unfused operators; where the mask is frozen it may take a fused kernel, whose "
+            "backward costs one product more"
+        )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        notes.append("parts of the model are TorchScript, which chooses operators by requires_grad as it warms up")
     if requires_grad.made:
         notes.append(
             "the code makes tensors require gradients that are no parameters (enable_input_require_grads does): the "
@@ -250,6 +281,8 @@ def _notes(
             "trained may run as one fused operator (torch.backends.mha.set_fastpath_enabled(False) prevents it); the "
             "operators here are the separate ones"
         )
+    if recorder.values.asked_random:
+        notes.append("the code branches on random numbers (dropped layers): the operators are those of one draw")
     if recorder.values.asked:
         notes.append("the code asks for values of the batch: the operators are those of the batch that was given")
     if renamed := sum(_is_renamed_if_frozen(record) for record in recorder.records):
@@ -257,7 +290,25 @@ def _notes(
             f"{renamed} operators have another name, at the same FLOPs, where the tensor that they take is frozen: mm, "
             "a product by a matrix, may be bmm, a batch of products; _embedding_bag is _embedding_bag_forward_only"
         )
-    hooked = [name for name, tensor in parameters.items() if tensor._backward_hooks]
+    if vectors := sum(_is_folded(record, torch.ops.aten.mv.default) for record in recorder.records):
+        notes.append(
+            f"{vectors} products with a trained vector are one product (mv); where the vector is frozen they may be a "
+            "batch of products (bmm), whose gradients cost more"
+        )
+    needed = _needed(recorder.records, results)
+    if hook_work := sum(
+        record.phase is Phase.BACKWARD and record.position not in needed and _costs(record)
+        for record in recorder.records
+    ):
+        notes.append(
+            f"{hook_work} operators of the backward pass serve no gradient (hooks on activations or modules that "
+            "compute something): no selection counts them"
+        )
+    hooked = [
+        name
+        for name, tensor in parameters.items()
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+    ]
     if hooked:
         notes.append(f"hooks on gradients are not run in a trace, nor priced: {len(hooked)} tensors, first {hooked[0]}")
     complex_tensors = [name for name, tensor in parameters.items() if tensor.is_complex()]
@@ -266,13 +317,36 @@ def _notes(
     return tuple(notes)
 
 
+def _needed(records: Sequence[Record], results: Iterable[int]) -> set[int]:
+    """The positions of everything that the records at ``results`` depend on."""
+    needed: set[int] = set()
+    stack = list(results)
+    while stack:
+        position = stack.pop()
+        if position not in needed:
+            needed.add(position)
+            stack.extend(records[position].inputs)
+    return needed
+
+
+def _costs(record: Record) -> bool:
+    """Whether a record is an operator that may cost something."""
+    entry = lookup(record.call.op)
+    return record.call.op != GETITEM and (entry is None or entry.kind is not Kind.FREE)
+
+
 def _is_renamed_if_frozen(record: Record) -> bool:
     """Whether PyTorch chooses this operator because a tensor requires a gradient.
 
     ``torch.matmul`` copies its left side to make one product of a batch of them, if the right side is trained.
     """
-    if record.phase is not Phase.FORWARD or record.target is not torch.ops.aten.mm.default:
-        return record.target is torch.ops.aten._embedding_bag.default
+    return record.target is torch.ops.aten._embedding_bag.default or _is_folded(record, torch.ops.aten.mm.default)
+
+
+def _is_folded(record: Record, product: Any) -> bool:
+    """Whether this is a product of whose left side a batch was copied into one piece."""
+    if record.phase is not Phase.FORWARD or record.target is not product:
+        return False
     left = record.args[0]
     if left.target is not torch.ops.aten._unsafe_view.default:
         return False
@@ -298,6 +372,16 @@ def _other_leaves(autograd_nodes: Iterable[Any], parameters: Iterable[torch.Tens
     known = {id(tensor) for tensor in parameters}
     leaves = (node.variable for node in autograd_nodes if hasattr(node, "variable"))
     return {id(leaf): leaf for leaf in leaves if id(leaf) not in known}
+
+
+def _refuse_inner_backward(own: Mapping[str, torch.Tensor]) -> None:
+    reached = [name for name, tensor in own.items() if tensor.grad is not None]
+    if reached:
+        raise UnsupportedModelError(
+            f"the backward pass calls backward() itself, which gives a gradient to {len(reached)} tensors, first "
+            f"{reached[0]!r}: a reentrant checkpoint of its own, as reversible layers have, cannot be recorded; "
+            "expected a custom Function that returns its gradients"
+        )
 
 
 def _refuse_reentrant_checkpoints(autograd_nodes: Iterable[Any]) -> None:

@@ -23,8 +23,11 @@ _MAKERS = frozenset(
         torch.ops.aten.arange.start_step,
         torch.ops.aten.ones.default,
         torch.ops.aten.full.default,
+        torch.ops.aten.rand.default,
     )
 )
+# Random numbers that decide which layers run are few; more are noise.
+_MOST_RANDOM = 64
 
 
 class ValuesLostError(Exception):
@@ -36,14 +39,17 @@ class KnownValues:
 
     Masks, labels, positions and token numbers are small, and models ask them questions (is there padding at all?
     where is the last token?). Operators on such tensors only are really computed; with any other tensor the result has
-    no data. ``asked`` is whether a question was put to a tensor that comes from the batch.
+    no data. ``asked`` is whether a question was put to a tensor that comes from the batch, ``asked_random`` to one that
+    comes from a random number.
     """
 
     def __init__(self) -> None:
         self.follow = False
         self.asked = False
+        self.asked_random = False
         self._known: set[int] = set()
         self._of_batch: set[int] = set()
+        self._random: set[int] = set()
 
     def add(self, tensor: torch.Tensor) -> None:
         """A tensor of the batch has data. It must be kept alive as long as this object, which knows it by identity."""
@@ -69,19 +75,24 @@ class KnownValues:
             # Numbers that PyTorch made into tensors, such as the right side of an assignment.
             args, kwargs = pytree.tree_map_only(FakeTensor, lambda tensor: constants[id(tensor)], (args, kwargs))
         of_batch = any(id(tensor) in self._of_batch for tensor in tensors)
+        random = func is torch.ops.aten.rand.default or any(id(tensor) in self._random for tensor in tensors)
         if not func._schema.is_mutable:
             try:
                 shapes = func(*args, **kwargs)
-                if any(tensor.numel() > _LARGEST or tensor.is_meta for tensor in _tensors((shapes,))):
+                most = _MOST_RANDOM if random else _LARGEST
+                if any(tensor.numel() > most or tensor.is_meta for tensor in _tensors((shapes,))):
                     return shapes
             except (DataDependentOutputException, DynamicOutputShapeException):
                 self.asked |= of_batch
+                self.asked_random |= random
         with unset_fake_temporarily():
             result = func(*args, **kwargs)
         made = {id(tensor) for tensor in _tensors((result,))}
         self._known |= made
         if of_batch:
             self._of_batch |= made
+        if random:
+            self._random |= made
         return result
 
     def _resolved(self, func: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -66,9 +66,11 @@ ENTRIES: tuple[Entry, ...] = (
         """bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift __lshift__ __rshift__
         __ilshift__ __irshift__ bincount nonzero nonzero_static count_nonzero searchsorted bucketize isin gcd lcm
         _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive histc _local_scalar_dense equal
-        is_same_size is_pinned _is_all_true _is_any_true _assert_async _assert_scalar _functional_assert_async
+        is_same_size is_pinned _is_all_true _is_any_true
+        _nested_tensor_from_mask_left_aligned _assert_async _assert_scalar _functional_assert_async
         _functional_assert_scalar _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size
         _functional_sym_constrain_range _functional_sym_constrain_range_for_size _linalg_check_errors
+        profiler._record_function_enter_new profiler._record_function_exit
         _has_same_storage_numel _fused_sdp_choice _coalesced _nnz sparse_dim dense_dim is_coalesced record_stream
         prims.bitwise_and prims.bitwise_or prims.bitwise_xor prims.bitwise_not prims.shift_left
         prims.shift_right_arithmetic prims.gcd prims.xor_sum prims.item prims.maximum_value prims.minimum_value

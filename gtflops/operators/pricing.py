@@ -107,7 +107,13 @@ def register_flops(
 
         @wraps(formula)
         def checked(call: Call) -> Price:
-            return _checked(call, formula(call))
+            try:
+                cost = formula(call)
+            except Exception as error:
+                raise InputError(
+                    f"the formula registered for {name} failed on {call.op}: {type(error).__name__}: {error}"
+                ) from error
+            return _checked(call, cost)
 
         text = (formula.__doc__ or "the user's formula").strip().splitlines()[0]
         source = f"registered by {getattr(formula, '__module__', '?')}.{getattr(formula, '__qualname__', '?')}"

@@ -31,7 +31,7 @@ CONVENTIONS = (
     "All operators: everything that the operator table prices. Matrix products: only matrix products and "
     "convolutions, the convention of PyTorch's own FLOP counter.",
     "Weight gradients (dw): backward operators that exactly one tensor's gradient needs. Activation gradients (dy): "
-    "those that several tensors' gradients need.",
+    "those that several tensors' gradients need, or that run whatever is trained.",
     "Recomputed forward: what activation checkpointing runs once more in the backward pass; part of the full step, "
     "and of t_dw and t_dy.",
     "Backward order: tensors from the loss towards the input, by when their gradient becomes computable.",

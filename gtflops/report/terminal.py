@@ -48,12 +48,14 @@ def profile_tables(profile: Profile, top: int = 10) -> Group:
         costs = (tensor.dw_flops, tensor.dy_flops, tensor.alone_flops)
         tensors.add_row(_name(tensor.name), *(format_flops(cost) for cost in costs))
 
+    again = ("Recomputed",) if summary.cost.recompute.all else ()
     operators = _table(
         f"Operators, {min(top, len(summary.operators))} of {len(summary.operators)}",
         "Operator",
         "Calls",
         "Forward",
         "Backward",
+        *again,
         "Share",
     )
     for row in summary.operators[:top]:
@@ -62,6 +64,7 @@ def profile_tables(profile: Profile, top: int = 10) -> Group:
             f"{row.count:,}",
             format_flops(row.cost.forward.all),
             format_flops(row.cost.backward.all),
+            *(format_flops(row.cost.recompute.all) for _ in again),
             share(row.cost.full.all, full.all),
         )
     compiled = () if summary.compiled is None else ("", _compiled_table(summary.compiled))
@@ -119,14 +122,16 @@ def verification_tables(profile: Profile, found: "Verification") -> Group:
         executed = Text("equal", style="green")
         if not check.exact:
             executed = Text(f"{check.executed - check.predicted:+,}", style="bold red")
-        difference = check.pytorch - check.predicted_matmul
+        by_pytorch = "equal"
+        if check.pytorch != check.predicted_matmul:
+            by_pytorch = "failed" if check.pytorch is None else f"{check.pytorch - check.predicted_matmul:+,}"
         table.add_row(
             _name(check.selection),
             f"{check.tensors:,}",
             f"{check.predicted:,}",
             executed,
             f"{check.predicted_matmul:,}",
-            f"{difference:+,}" if difference else "equal",
+            by_pytorch,
         )
     table.caption = "Products: matrix products and convolutions. PyTorch's: what its own counter says of those."
     explained = found.explanations()
@@ -211,7 +216,7 @@ def _table(title: str, first: str, *numbers: str) -> Table:
     )
     table.add_column(first, overflow="fold")
     for header in numbers:
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", overflow="fold")
     return table
 
 
