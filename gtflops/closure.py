@@ -35,7 +35,7 @@ def needed_by(graph: Graph, names: Sequence[str]) -> list[int]:
 
 
 def saved_bytes(graph: Graph, needed: Sequence[int]) -> dict[int, int]:
-    """Bytes of the memory that the forward pass fills and later operators read, by who needs those (:func:`needed_by`).
+    """Bytes of the memory that autograd keeps from the forward pass, by who needs what reads it (:func:`needed_by`).
 
     A piece of memory is there before the step if a parameter, a buffer or the batch lies in it.
     """
@@ -50,6 +50,9 @@ def saved_bytes(graph: Graph, needed: Sequence[int]) -> dict[int, int]:
                     readers[storage] = readers.get(storage, 0) | needed[index]
         elif node.phase is not Phase.FORWARD and node.storage is not None:
             before.add(node.storage)
+    for storage, positions in graph.kept:
+        for index in positions:
+            readers[storage] = readers.get(storage, 0) | needed[index]
     by_readers: dict[int, int] = {}
     for storage, tensors in readers.items():
         if storage not in before and tensors:

@@ -54,7 +54,8 @@ class Graph:
     ``gradients`` maps each parameter tensor that can be trained to the node that holds its gradient, or to ``None``
     where the loss does not depend on it. ``always`` are the nodes that hold gradients which a step computes whatever is
     trained: of tensors that are no parameters. Every node's inputs stand before it. Views share a storage;
-    ``storage_bytes`` are the sizes of all.
+    ``storage_bytes`` are the sizes of all. ``kept`` are pieces of memory, by index, that autograd keeps although no
+    operator reads them (of some tensors only the shape is used), with the nodes that they are kept for.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Graph:
     loss: int
     always: tuple[int, ...]
     storage_bytes: tuple[int, ...]
+    kept: tuple[tuple[int, tuple[int, ...]], ...]
 
     def __repr__(self) -> str:
         return f"Graph({self.model}: {len(self.nodes)} nodes, {len(self.gradients)} tensors)"
@@ -123,6 +125,7 @@ class Graph:
             "loss": self.loss,
             "always": list(self.always),
             "storage_bytes": list(self.storage_bytes),
+            "kept": [[storage, list(positions)] for storage, positions in self.kept],
         }
 
     @classmethod
@@ -152,7 +155,11 @@ class Graph:
         for index in (*(index for index in gradients.values() if index is not None), *always, loss):
             if type(index) is not int or not 0 <= index < len(nodes):
                 raise ValueError(f"there is no node {index!r}")
-        return cls(str(data["model"]), tuple(nodes), gradients, loss, always, storage_bytes)
+        kept = tuple((storage, tuple(positions)) for storage, positions in data["kept"])
+        for storage, positions in kept:
+            if not 0 <= storage < len(storage_bytes) or any(not 0 <= index < len(nodes) for index in positions):
+                raise ValueError(f"storage {storage!r} is kept for {positions!r}, which are not all there")
+        return cls(str(data["model"]), tuple(nodes), gradients, loss, always, storage_bytes, kept)
 
 
 def _call_to_json(call: Call) -> list[Any]:

@@ -2,10 +2,14 @@
 
 import copy
 import gc
+import io
 import itertools
 import random
 import socket
+import threading
 from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -535,3 +539,204 @@ def test_a_local_folder(tmp_path: Path) -> None:
 def test_arguments_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(gtflops.GtflopsError, match=message):
         gtflops.profile(**arguments)
+
+
+class Frees(torch.autograd.Function):
+    """Keeps something on its context until its backward has used it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.kept = x, weight
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.kept
+        ctx.kept = None
+        return gradient @ weight.T, x.T @ gradient
+
+
+class AsksInForward(Frees):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.kept = x, weight
+        return (x @ weight).sin() if ctx.needs_input_grad[1] else x @ weight
+
+
+class Applies(torch.nn.Linear):
+    function: Any = Frees
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function.apply(x * self.bias, self.weight)
+
+
+def test_a_function_whose_backward_frees_what_it_kept() -> None:
+    model, x = Applies(4, 4), torch.ones(2, 4)
+    profile = gtflops.profile(model, x, squared)
+    assert profile.notes == ()
+    for names in (["weight"], ["bias"], ["weight", "bias"]):
+        train_only(model, names)
+        assert predicted_operators(profile, names) == executed_operators(model, x, squared)
+
+
+def test_a_function_that_asks_in_its_forward_is_noted() -> None:
+    model = Applies(4, 4)
+    model.function = AsksInForward
+    (note,) = gtflops.profile(model, torch.ones(2, 4), squared).notes
+    assert "AsksInForward reads ctx.needs_input_grad" in note
+
+
+def test_a_reentrant_checkpoint_of_ones_own_is_refused() -> None:
+    class Reentrant(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.module = module
+            ctx.save_for_backward(x)
+            with torch.no_grad():
+                return module(x)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                ctx.module(x).backward(gradient)
+            return None, x.grad
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Reentrant.apply(self.inner, self.first(x))
+
+    with pytest.raises(gtflops.UnsupportedModelError, match=r"calls backward\(\) itself.*inner"):
+        gtflops.profile(Outer(), torch.ones(2, 4), squared)
+
+
+def test_kernels_that_follow_requires_grad_are_noted() -> None:
+    class Biased(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)[None, None]
+            return torch.nn.functional.scaled_dot_product_attention(y, y, y, attn_mask=self.bias[:3, None].expand(3, 3))
+
+    assert any(
+        "mask that is trained" in note for note in gtflops.profile(Biased(4, 4), torch.ones(3, 4), squared).notes
+    )
+
+    class Vector(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).transpose(1, 2) @ self.bias[:3]
+
+    assert any("(mv)" in note for note in gtflops.profile(Vector(4, 4), torch.ones(2, 3, 4), squared).notes)
+    scripted = torch.jit.script(torch.nn.Linear(4, 4))
+    assert any("TorchScript" in note for note in gtflops.profile(scripted, torch.ones(3, 4), squared).notes)
+
+
+def test_work_in_hooks_is_noted() -> None:
+    class Hooked(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            y.register_hook(lambda gradient: print(gradient.square().sum(), file=io.StringIO()))
+            return y
+
+    assert any("serve no gradient" in note for note in gtflops.profile(Hooked(4, 4), torch.ones(3, 4), squared).notes)
+    model = torch.nn.Linear(4, 4)
+    model.weight.register_post_accumulate_grad_hook(lambda tensor: None)
+    assert any("first weight" in note for note in gtflops.profile(model, torch.ones(3, 4), squared).notes)
+
+
+def test_a_branch_on_a_random_number() -> None:
+    """Dropped layers: one draw is followed, and said to be one."""
+
+    class Dropping(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sin() if torch.rand([]) < 0.5 else super().forward(x)
+
+    model = Dropping(4, 4)
+    state = torch.get_rng_state()
+    profile = gtflops.profile(model, torch.ones(3, 4), squared)
+    assert any("one draw" in note for note in profile.notes)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_anomaly_mode_is_no_data() -> None:
+    with torch.autograd.set_detect_anomaly(True):
+        assert gtflops.profile(torch.nn.Linear(4, 4), torch.ones(3, 4), squared).full_flops
+        assert torch.is_anomaly_enabled()
+
+
+def test_attributes_of_parameters_are_there() -> None:
+    class Tagged(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.weight.tag
+
+    model = Tagged(4, 4)
+    model.weight.tag = 2.0
+    assert gtflops.profile(model, torch.ones(3, 4), squared).full_flops
+
+
+@dataclass
+class Pair:
+    x: torch.Tensor
+    counts: torch.Tensor
+
+
+def test_tensors_in_objects_are_not_touched() -> None:
+    class Writing(torch.nn.Linear):
+        def forward(self, pair: Pair) -> torch.Tensor:
+            pair.x.mul_(3.0)
+            pair.counts.add_(1)
+            return super().forward(pair.x)
+
+    model, pair = Writing(4, 4), Pair(torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))
+    profile = gtflops.profile(model, (pair,), squared)
+    assert pair.x.unique().tolist() == [1.0]
+    assert pair.counts.tolist() == [0, 0]
+    assert {name: tensor.shape for name, tensor in profile.graph.batch.items()} == {"0.x": (2, 4), "0.counts": (2,)}
+    assert profile.verify(model, (pair,), squared, selections=0).exact
+    assert pair.counts.tolist() == [0, 0]
+
+
+def test_profiles_in_threads_do_not_disturb_each_other() -> None:
+    case = ZOO["checkpointed-blocks"]()
+    expected = gtflops.profile(case.model, case.batch, case.loss).step_flops("all")
+    enter = torch.autograd.graph.saved_tensors_hooks.__enter__
+    stop = threading.Event()
+
+    def train() -> None:
+        other = ZOO["checkpointed-blocks"]()
+        while not stop.is_set():
+            squared(other.model(other.batch), None).backward()
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            found = list(
+                threads.map(lambda _: gtflops.profile(case.model, case.batch, case.loss).step_flops("all"), range(6))
+            )
+    finally:
+        stop.set()
+        trainer.join()
+    assert found == [expected] * 6
+    assert torch.autograd.graph.saved_tensors_hooks.__enter__ is enter
+
+
+def test_lengths_are_limited_by_learned_positions_alone() -> None:
+    assert gtflops.profile("meta-llama/Llama-3.2-1B", batch_size=1, seq_len=4096).full_flops
+    with pytest.raises(gtflops.InputError, match="seq_len 514 is beyond the 512 positions"):
+        gtflops.profile("FacebookAI/roberta-large", batch_size=1, seq_len=514)
+    with pytest.raises(gtflops.InputError, match="decoder_len 2000 is beyond the 1024 positions"):
+        gtflops.profile("facebook/bart-large", batch_size=1, seq_len=8, decoder_len=2000)
+
+
+def test_another_class_than_the_configuration_names_is_said(tmp_path: Path) -> None:
+    config = ZOO["bert-eager"]().model.config
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
+    profile = gtflops.profile(tmp_path, batch_size=2, seq_len=8)
+    assert "names BertForSequenceClassification; profiled is a BertForMaskedLM" in profile.notes[0]
+    ZOO["whisper-eager"]().model.config.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
+    with pytest.raises(gtflops.UnsupportedModelError, match="no batch of tokens or images"):
+        gtflops.profile(tmp_path, batch_size=2, seq_len=8)

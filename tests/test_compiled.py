@@ -288,3 +288,12 @@ def test_the_models_flags_are_the_selection_in_force() -> None:
 def test_an_unknown_graph_is_refused() -> None:
     with pytest.raises(gtflops.InputError, match="expected 'eager' or 'compiled'"):
         gtflops.profile(mlp(), torch.randn(7, 3), sum_of, graph="fused")  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_with_dropout() -> None:
+    """Its random numbers are drawn again: AOTAutograd keeps their state with operators of its own."""
+    model, batch = build("opt"), padded_batch()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compiled = compiled_step(model, batch)
+    assert compiled.unsupported == {}
+    assert compiled.recompute.matmul > 0

@@ -307,3 +307,33 @@ def test_memory_of_a_large_model() -> None:
     full_flops, kibibytes = map(int, printed.split()[-2:])
     assert full_flops > 3 * 2 * 4 * 512 * 68e9
     assert kibibytes < 1.5 * 2**20
+
+
+def test_costs_beyond_64_bits_are_refused() -> None:
+    with pytest.raises(gtflops.InputError, match=r"more than 64 bits can hold .* expected a smaller batch"):
+        gtflops.profile("facebook/opt-125m", batch_size=20_000_000, seq_len=2048)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["matmul"].pop(),
+        lambda data: data["matmul"].__setitem__(3, -1),
+        lambda data: data["other"].__setitem__(3, 1.5),
+        lambda data: data["graph"]["gradients"].__setitem__("unknown", 3),
+        lambda data: data["graph"].__setitem__("loss", None),
+        lambda data: data["graph"].__setitem__("loss", 3.0),
+        lambda data: data["graph"]["nodes"][5].__setitem__(1, -1),
+        lambda data: data["graph"]["kept"].append([10**9, [0]]),
+    ],
+)
+def test_files_of_a_foreign_writer_are_checked(saved: Path, change: Any) -> None:
+    """With a right digest, and content that no profile has."""
+    from gtflops.profiling import _digest
+
+    data = json.loads(saved.read_text())
+    change(data)
+    content = {key: value for key, value in data.items() if key not in ("format", "version", "digest")}
+    saved.write_text(json.dumps({**data, "digest": _digest(content)}))
+    with pytest.raises(gtflops.SavedFileError, match="damaged"):
+        Profile.load(saved)

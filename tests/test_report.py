@@ -533,7 +533,11 @@ def test_recomputation_has_a_part_of_its_own(tmp_path: Path, suffix: str) -> Non
     if suffix == ".json":
         flops = json.loads(text)["flops"]
         assert flops["recompute"]["all"] == recompute
-        assert flops["full"]["all"] == profile.full_flops == sum(flops[part]["all"] for part in ("forward", "dy", "dw", "recompute"))
+        assert (
+            flops["full"]["all"]
+            == profile.full_flops
+            == sum(flops[part]["all"] for part in ("forward", "dy", "dw", "recompute"))
+        )
     else:
         assert f"{recompute:,}" in text
         assert "Recomputed forward" in text

@@ -639,7 +639,7 @@ def graph_of(integers: tuple[int, ...], op: str = "aten.x.default", argument: An
     call = Call(op, (shape, integers[0], (integers[-1], True, None), argument), (("k", integers[0]),), (shape, None))
     free = Call("aten.y.default", (), (), (TensorType((3,), "int64"),))
     nodes = (Node("a", free, (), Phase.BATCH, "", "", 0), Node("b", call, (0,), Phase.FORWARD, "m", "m.py:1", 1))
-    return Graph("Model", nodes, {"w": 1, "v": None}, 1, (), (3, integers[0]))
+    return Graph("Model", nodes, {"w": 1, "v": None}, 1, (), (3, integers[0]), ((0, (1,)),))
 
 
 @given(FREE, st.data())

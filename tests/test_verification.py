@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,3 +146,40 @@ def test_the_command_fails_where_a_step_is_not_as_predicted(monkeypatch: pytest.
     result = CliRunner().invoke(app, ["verify", "facebook/opt-125m", "--batch-size", "1", "--seq-len", "8"])
     assert result.exit_code == 1
     assert "-2" in result.output
+
+
+def test_models_that_write_into_their_weights_are_left_alone() -> None:
+    class Renorm(nn.Embedding):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+            return super().forward(tokens)
+
+    model, tokens = Renorm(9, 4, max_norm=0.1), torch.randint(0, 9, (2, 3))
+    before = model.weight.detach().clone()
+    assert gtflops.profile(model, tokens, sum_of_squares).verify(model, tokens, sum_of_squares).exact
+    assert torch.equal(before, model.weight)
+
+
+def test_another_batch_is_refused_with_what_would_work() -> None:
+    model = build("opt")
+    profile = gtflops.profile(model, padded_batch())
+    with pytest.raises(gtflops.InputError, match=r"expected a batch of the same shapes, .*profile\.at"):
+        profile.verify(model, padded_batch(seq_len=12))
+    with pytest.raises(gtflops.InputError, match=r"expected the torch\.nn\.Module"):
+        profile.verify(None, padded_batch())  # type: ignore[arg-type]
+
+
+def test_where_pytorchs_counter_fails() -> None:
+    case = ZOO["gradient-penalty"]()
+    found = gtflops.profile(case.model, case.batch, case.loss).verify(case.model, case.batch, case.loss)
+    assert found.exact
+    assert {check.pytorch for check in found.checks[1:]} == {None}
+    assert "PyTorch's counter fails on this model" in found.explanations()
+
+
+def test_a_saved_profile_has_no_model_to_run(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    gtflops.profile(build("opt"), padded_batch()).save(path)
+    result = CliRunner().invoke(app, ["verify", str(path)])
+    assert "holds no model to run" in str(result.exception)

@@ -294,6 +294,25 @@ case("checkpointed-blocks")(lambda: Case(Checkpointed(), torch.randn(3, 6), sum_
 case("checkpointed-without-early-stop")(lambda: Case(Checkpointed(early_stop=False), torch.randn(3, 6), sum_of_squares))
 
 
+class UnusedTail(nn.Module):
+    """A checkpointed region with an output that nobody uses, after a part that saves more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def region(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = self.b(y).tanh()
+            return h, self.c(h).exp().exp()
+
+        h, _ = checkpoint(region, self.a(x), use_reentrant=False)
+        return self.d(h).gather(1, torch.zeros(len(x), 2, dtype=torch.int64))
+
+
+case("checkpointed-with-an-unused-tail")(lambda: Case(UnusedTail(), torch.randn(3, 4), sum_of_squares))
+
+
 @case("llama-checkpointed-with-input-gradients")
 def _() -> Case:
     found = checkpointed("llama", "eager")

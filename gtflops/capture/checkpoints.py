@@ -12,6 +12,24 @@ from gtflops.capture.recording import Recorder
 from gtflops.graph import Phase
 
 
+class NotUnpackedError(Exception):
+    """A saved tensor under a hook was looked at inside :func:`left_packed`."""
+
+
+_looking = False
+
+
+@contextmanager
+def left_packed() -> Iterator[None]:
+    """Looking at saved tensors inside unpacks none: it would recompute. NotUnpackedError instead."""
+    global _looking
+    _looking = True
+    try:
+        yield
+    finally:
+        _looking = False
+
+
 class _Packed:
     """What a pack hook returned; it is unpacked once, as in a real step, even if it is asked for again."""
 
@@ -20,6 +38,8 @@ class _Packed:
         self._tensor: torch.Tensor | None = None
 
     def unpack(self, hook: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        if _looking:
+            raise NotUnpackedError
         if self._tensor is None:
             self._tensor = hook(self._content)
             self._content = None

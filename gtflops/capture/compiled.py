@@ -125,6 +125,13 @@ class _Tally(OperatorMode):
         """Dynamo compiles nothing under a mode that wants to see the operators one by one."""
         return True
 
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):  # inside of a graph, which was priced as a whole
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if self._in_graph:
             return
@@ -185,13 +192,15 @@ def _operators(module: torch.fx.GraphModule, part: Part) -> Iterator[tuple[Part,
     """The operators of one of AOTAutograd's graphs with their prices."""
 
     def value(node: torch.fx.Node) -> Any:
-        if "val" in node.meta or node.op != "get_attr":
+        if node.op == "placeholder":
+            return node.meta.get("val")  # random states have none
+        if node.op != "get_attr" or "val" in node.meta:
             return node.meta["val"]
         return operator.attrgetter(str(node.target))(module)
 
     for node in module.graph.nodes:
-        if node.op != "call_function":
-            continue
+        if node.op != "call_function" or not isinstance(node.target, (HigherOrderOperator, OpOverload)):
+            continue  # the rest is arithmetic on sizes, and getitem
         func, again = node.target, node.meta.get(_AGAIN, False)
         args = torch.fx.node.map_arg(node.args, value)
         kwargs = dict(torch.fx.node.map_arg(node.kwargs, value))
@@ -207,8 +216,7 @@ def _operators(module: torch.fx.GraphModule, part: Part) -> Iterator[tuple[Part,
                 result = next((user.meta.get("val") for user in node.users if user.args[1:] == (1,)), None)
             func, args = args[position], args[position + 1 :]
             kwargs.pop("rng_state", None)
-        if isinstance(func, OpOverload):  # the rest is arithmetic on sizes, and getitem
-            yield ("recompute" if again else part), *_priced(func, args, kwargs, result)
+        yield ("recompute" if again else part), *_priced(func, args, kwargs, result)
 
 
 def _partition(

@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,10 @@ class Recorder(OperatorMode):
         self._module_stack: list[str] = []
         self._origin_of_sequence: dict[int, Origin] = {}
         self._recomputed: list[Record | None] = []  # the last record of each recomputation that is running
+        self._recomputation_starts: list[int] = []
+        self._stopped: list[tuple[int, int]] = []  # first and last record of recomputations that stopped early
         self._rehearsed: list[Call] | None = None
+        self._run_by: dict[int, list[int]] = {}  # sequence number of an autograd node: records of its backward
 
     def add_input(self, name: str, tensor: torch.Tensor, phase: Phase, origin: Origin) -> Record:
         """A tensor that was there before the step."""
@@ -107,6 +110,8 @@ class Recorder(OperatorMode):
         record = self._add(func, own_args, own_kwargs, call, phase, origin, inputs)
         if self._recomputed:
             self._recomputed[-1] = record
+        elif phase is Phase.BACKWARD and (autograd_node := torch._C._current_autograd_node()) is not None:
+            self._run_by.setdefault(autograd_node._sequence_nr(), []).append(record.position)
         for written in _written(func, args, kwargs):
             self._last_write[_storage(written) or id(written)] = record
         if isinstance(result, torch.Tensor):
@@ -170,6 +175,20 @@ class Recorder(OperatorMode):
             else:
                 self._keep_parts(output, part)
 
+    def kept_by(
+        self, autograd_node: Any, saved: Iterable[torch.Tensor], *, whole: bool
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Memory that an autograd node keeps although none of its operators reads it, with the records of those.
+
+        Of some tensors a backward needs only the shape. ``whole``: it keeps all of them, whichever it will read.
+        """
+        positions = self._run_by.get(autograd_node._sequence_nr(), [])
+        read = {self.records[source].storage for position in positions for source in self.records[position].inputs}
+        for tensor in saved:
+            storage = self._storages.get(_storage(tensor) or -1)
+            if storage is not None and positions and (whole or storage not in read):
+                yield storage, tuple(positions)
+
     # --- where operators come from ------------------------------------------------------------------------------
 
     def origin(self) -> Origin:
@@ -211,16 +230,37 @@ class Recorder(OperatorMode):
     def begin_recomputation(self) -> None:
         """Operators run the forward pass once more from here on, in order: each depends on the one before."""
         self._recomputed.append(None)
+        self._recomputation_starts.append(len(self.records))
 
     def end_recomputation(self, whole: Sequence[torch.Tensor]) -> None:
         """What reads a tensor of ``whole`` depends on all that was recomputed."""
         last = self._recomputed.pop()
+        if last is not None and not whole:
+            self._stopped.append((self._recomputation_starts.pop(), last.position))
+        else:
+            self._recomputation_starts.pop()
         for tensor in whole:
             made_by = self.record_of(tensor)
             call = Call("aten.detach.default", (tensor_type(tensor),), (), (tensor_type(tensor),))
             inputs = {made_by.position, made_by.position if last is None else last.position}
             detach = torch.ops.aten.detach.default
             self._keep(tensor, self._add(detach, (made_by,), {}, call, Phase.RECOMPUTE, made_by.origin, inputs))
+
+    def finish(self) -> None:
+        """To be called after the backward pass.
+
+        A recomputation stops at the last tensor that its region saved, also where that is read by nobody: an output
+        that is not used, or a tensor of which only the shape is. All that reads from the region then depends on it.
+        """
+        for start, stop in self._stopped:
+            readers = [
+                record
+                for record in self.records[stop + 1 :]
+                if record.phase is Phase.BACKWARD and any(start <= source <= stop for source in record.inputs)
+            ]
+            if not any(stop in record.inputs for record in readers):
+                for record in readers:
+                    record.inputs.add(stop)
 
     @contextmanager
     def rehearsal(self) -> Iterator[list[Call]]:

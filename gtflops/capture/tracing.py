@@ -33,6 +33,7 @@ from gtflops.capture.custom_functions import asking_in_forward, record_whole
 from gtflops.capture.fakes import fake, fake_parameter, without_garbage_collection
 from gtflops.capture.recording import Origin, Record, Recorder
 from gtflops.capture.requires_grad import RequiresGradMode
+from gtflops.capture.saved_tensors import saved_tensors, unread
 from gtflops.capture.unchanged import unchanged
 from gtflops.capture.values import ValuesLostError
 from gtflops.errors import InputError, UnsupportedModelError
@@ -54,6 +55,7 @@ class Trace:
     always: tuple[int, ...]
     loss: int
     storage_bytes: tuple[int, ...]
+    kept: tuple[tuple[int, tuple[int, ...]], ...]
     notes: tuple[str, ...]
 
     def to_graph(self) -> Graph:
@@ -71,7 +73,7 @@ class Trace:
             )
             for record in self.records
         )
-        return Graph(self.model, nodes, self.gradients, self.loss, self.always, self.storage_bytes)
+        return Graph(self.model, nodes, self.gradients, self.loss, self.always, self.storage_bytes, self.kept)
 
     def to_fx(self) -> torch.fx.Graph:
         """The step as a torch.fx graph that can be run, a node for each record in the same order.
@@ -176,9 +178,11 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             uncertain = record_whole(autograd_nodes, recorder)
             trainable = {name: tensor for name, tensor in own.items() if tensor.requires_grad}
             others = _other_leaves(autograd_nodes, own.values()) | requires_grad.made
+            saved = saved_tensors(autograd_nodes, recorder)
             recorder.phase = Phase.BACKWARD
             wanted = [*trainable.values(), *others.values()]
             gradients = torch.autograd.grad(value, wanted, allow_unused=True)
+            recorder.finish()
             _refuse_inner_backward(own)
         except (InputError, UnsupportedModelError, ValuesLostError):
             raise
@@ -205,6 +209,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             always=tuple(position for position in positions[len(trainable) :] if position is not None),
             loss=recorder.record_of(value).position,
             storage_bytes=tuple(recorder.storage_bytes),
+            kept=unread(saved, recorder),
             notes=_notes(
                 model,
                 parameters,
@@ -304,6 +309,8 @@ def _notes(
             f"{hook_work} operators of the backward pass serve no gradient (hooks on activations or modules that "
             "compute something): no selection counts them"
         )
+    if any(record.target is torch.ops.aten.mkldnn_rnn_layer.default for record in recorder.records):
+        notes.append("activation bytes are without the scratch memory of mkldnn_rnn_layer, which only the kernel knows")
     hooked = [
         name
         for name, tensor in parameters.items()
