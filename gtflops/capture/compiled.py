@@ -27,7 +27,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import stateless
 
@@ -198,6 +198,7 @@ def _operators(module: torch.fx.GraphModule, part: Part) -> Iterator[tuple[Part,
             return node.meta["val"]
         return operator.attrgetter(str(node.target))(module)
 
+    values = [found for node in module.graph.nodes if isinstance(found := node.meta.get("val"), FakeTensor)]
     for node in module.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, (HigherOrderOperator, OpOverload)):
             continue  # the rest is arithmetic on sizes, and getitem
@@ -211,11 +212,12 @@ def _operators(module: torch.fx.GraphModule, part: Part) -> Iterator[tuple[Part,
                 yield ("recompute" if again else part), f"higher_order.{func.name()}", None
                 continue
             again = position == 1 or (part == "backward" and "rng_state" in kwargs)
-            if func.name() == "run_and_save_rng_state":
-                # It has no value of its own; the one of the operator is on the node that picks it.
-                result = next((user.meta.get("val") for user in node.users if user.args[1:] == (1,)), None)
             func, args = args[position], args[position + 1 :]
             kwargs.pop("rng_state", None)
+            # Where the partitioner puts such an operator, it gives it no value.
+            with values[0].fake_mode:
+                result = func(*args, **kwargs)
+            node.meta.setdefault("val", result)
         yield ("recompute" if again else part), *_priced(func, args, kwargs, result)
 
 
