@@ -83,6 +83,7 @@ std::vector<std::int64_t> costs(const gtflops::ClosureCosts& closure, const std:
 }  // namespace
 
 NB_MODULE(_core, module) {
+    nb::set_leak_warnings(false);  // objects that a module's globals still hold when Python exits are no leak
     nb::class_<gtflops::ClosureCosts>(module, "ClosureCosts")
         .def(
             "__init__",

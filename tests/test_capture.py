@@ -740,3 +740,28 @@ def test_another_class_than_the_configuration_names_is_said(tmp_path: Path) -> N
     ZOO["whisper-eager"]().model.config.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
     with pytest.raises(gtflops.UnsupportedModelError, match="no batch of tokens or images"):
         gtflops.profile(tmp_path, batch_size=2, seq_len=8)
+
+
+def test_errors_of_the_loss_are_not_blamed_on_the_batch() -> None:
+    model, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    with pytest.raises(gtflops.InputError, match=r"the loss function failed: TypeError.*expected a function of"):
+        gtflops.profile(model, x, lambda outputs: outputs.sum())
+    with pytest.raises(gtflops.InputError, match="loss is 3, expected a function of"):
+        gtflops.profile(model, x, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "cannot read"), ("[]", "holds a list"), ('{"model_type": "llama", "vocab_size": "many"}', "not valid")],
+)
+def test_configurations_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(gtflops.InputError, match=message):
+        gtflops.profile(tmp_path, batch_size=1, seq_len=8)
+
+
+def test_what_is_recomputed_belongs_to_its_module() -> None:
+    case = ZOO["llama-sdpa-checkpointed"]()
+    modules = {node.module for node in gtflops.profile(case.model, case.batch).graph.nodes if node.phase == "recompute"}
+    assert "model.layers.1" in modules
+    assert all(module.startswith("model.layers.") for module in modules)

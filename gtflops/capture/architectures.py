@@ -66,7 +66,9 @@ def architecture(
     model_type = settings.pop("model_type", None)
     try:
         config = transformers.AutoConfig.for_model(model_type, **settings)
-    except ValueError as error:
+    except Exception as error:
+        if model_type in transformers.CONFIG_MAPPING:
+            raise InputError(f"the configuration of {name} is not valid: {type(error).__name__}: {error}") from error
         raise UnsupportedModelError(
             f"{name} is a model of type {model_type!r}, which transformers {transformers.__version__} does not build "
             "by itself; build it and call gtflops.profile(model, batch)"
@@ -157,6 +159,13 @@ def _settings(name: str) -> dict[str, Any]:
         raise InputError(f"{folder} has no config.json, expected a folder written by save_pretrained")
     if not folder.is_dir() and (preset := _preset(name)) is not None:
         return dict(presets()[preset])
+    if folder.is_dir():
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {folder / 'config.json'}: {error}; expected a configuration") from error
+        if not isinstance(found, dict):
+            raise InputError(f"{folder / 'config.json'} holds a {type(found).__name__}, expected a JSON object")
     try:
         settings, _ = transformers.PreTrainedConfig.get_config_dict(name, local_files_only=not hub_is_reachable())
         return dict(settings)

@@ -61,8 +61,14 @@ def recorded_checkpoints(recorder: Recorder) -> Iterator[None]:
         if recorder not in _get_current_dispatch_mode_stack():  # another thread's
             return enter(hooks)
         if recorder.phase is not Phase.BACKWARD:
+            module = recorder.running_module
+
+            def unpack(packed: _Packed) -> torch.Tensor:
+                with recorder.within(module):  # what is recomputed belongs to the module that had it checkpointed
+                    return packed.unpack(hooks.unpack_hook)
+
             torch._C._autograd._push_saved_tensors_default_hooks(
-                lambda tensor: _Packed(hooks.pack_hook(tensor)), lambda packed: packed.unpack(hooks.unpack_hook)
+                lambda tensor: _Packed(hooks.pack_hook(tensor)), unpack
             )
             return None
         recorder.begin_recomputation()

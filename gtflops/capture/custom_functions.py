@@ -68,6 +68,7 @@ class _Backward:
                 alone[position] = _priced(calls)
                 _restore(self._node, state)
         except Exception:  # whatever a Function does that is asked an unusual question; it is then taken whole
+            self._doubt()
             return {}
         finally:
             self._node.needs_input_grad = needed
@@ -82,12 +83,15 @@ class _Backward:
         if position in alone and alone[position] != _priced(record.call for record in group):
             if alone[position] == _priced(record.call for record in self._ancestors(output, group)):
                 return output
-            name = type(self._node).__name__.removesuffix("Backward")
-            if name not in self._uncertain:
-                self._uncertain.append(name)
+            self._doubt()
         alias = output.detach()
         recorder.record_of(alias).inputs.update(record.position for record in group)
         return alias
+
+    def _doubt(self) -> None:
+        name = type(self._node).__name__.removesuffix("Backward")
+        if name not in self._uncertain:
+            self._uncertain.append(name)
 
     def _ancestors(self, output: torch.Tensor, group: list[Record]) -> Iterator[Record]:
         """The records of ``group`` that ``output`` depends on."""

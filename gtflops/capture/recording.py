@@ -200,10 +200,24 @@ class Recorder(OperatorMode):
             if self.phase is Phase.BACKWARD:
                 return origin
         else:
-            origin = Origin(self._module_stack[-1] if self._module_stack else "", calling_line())
+            origin = Origin(self.running_module, calling_line())
         sequence_number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._origin_of_sequence.setdefault(sequence_number - 1, origin)
         return origin
+
+    @property
+    def running_module(self) -> str:
+        """The path of the innermost module that runs, empty outside of all."""
+        return self._module_stack[-1] if self._module_stack else ""
+
+    @contextmanager
+    def within(self, module: str) -> Iterator[None]:
+        """Operators inside belong to ``module`` or to its submodules."""
+        self._module_stack.append(module)
+        try:
+            yield
+        finally:
+            self._module_stack.pop()
 
     @contextmanager
     def modules_of(self, model: torch.nn.Module) -> Iterator[None]:

@@ -171,8 +171,11 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
         stack.enter_context(recorded_checkpoints(recorder))
         requires_grad = stack.enter_context(RequiresGradMode({id(tensor) for tensor in own.values()}))
         stack.enter_context(recorder)
+        in_loss = False
         try:
-            value = loss_of(call_model(model, own_batch), own_batch, loss)
+            outputs = call_model(model, own_batch)
+            in_loss = True
+            value = loss_of(outputs, own_batch, loss)
             autograd_nodes = list(_autograd_nodes(value))
             _refuse_reentrant_checkpoints(autograd_nodes)
             uncertain = record_whole(autograd_nodes, recorder)
@@ -196,6 +199,11 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             if recorder.phase is Phase.BACKWARD:
                 raise UnsupportedModelError(
                     f"the backward pass of {type(model).__name__} failed: {type(error).__name__}: {error}"
+                ) from error
+            if in_loss:
+                raise InputError(
+                    f"the loss function failed: {type(error).__name__}: {error}, at {_user_line(error)}; expected a "
+                    "function of (model outputs, batch) that gives a scalar tensor"
                 ) from error
             raise InputError(
                 f"{type(model).__name__} refused the batch {describe_batch(batch)}: {type(error).__name__}: {error}, "
@@ -252,7 +260,7 @@ def _notes(
     """Where the closure of a selection may not be what autograd executes."""
     notes = [
         f"the backward of the custom autograd.Function {name} computes neither all gradients nor just those that are "
-        "asked for; it is taken to compute all"
+        "asked for, or cannot be tried for one alone; it is taken to compute all"
         for name in uncertain
     ]
     notes += [
