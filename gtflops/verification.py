@@ -117,7 +117,6 @@ def verify(
             f"the batch has {_types(batch_types(batch))}, the profile is of {_types(profile.graph.batch)}; expected a "
             "batch of the same shapes, or the profile of this one: profile.at(...) or gtflops.profile(model, batch)"
         )
-    batch = with_tensors_replaced(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
     checks = tuple(
         _check(profile, model, batch, loss, label, names)
         for label, names in _selections(profile, selections, random.Random(seed))
@@ -156,12 +155,13 @@ def _check(
     profile: Profile, model: torch.nn.Module, batch: Any, loss: Loss | None, label: str, names: Collection[str]
 ) -> Check:
     def step() -> None:
+        own = with_tensors_replaced(batch, lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad))
         if names or profile.graph.always:
-            loss_of(call_model(model, batch), batch, loss).backward()
+            loss_of(call_model(model, own), own, loss).backward()
         else:
-            outputs = call_model(model, batch)
+            outputs = call_model(model, own)
             if loss is not None:
-                loss(outputs, batch)
+                loss(outputs, own)
 
     executed = _Counting()
     try:
