@@ -61,6 +61,9 @@ class Named:
         sizes = Sizes(*data["sizes"])
         if not isinstance(data["name"], str) or data["attention"] not in ("eager", "sdpa"):
             raise ValueError(f"{data!r} names no architecture")
+        given = [size for size in data["sizes"] if size is not None]
+        if sizes.batch_size is None or any(type(size) is not int or size < 1 for size in given):
+            raise ValueError(f"{data['sizes']!r} are no sizes")
         return cls(data["name"], data["attention"], None, sizes)
 
 
