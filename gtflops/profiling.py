@@ -234,12 +234,13 @@ class Profile:
         return np.asarray(self.prices[:, forward].sum(axis=1))
 
     @cached_property
-    def _needed_by(self) -> list[int]:
+    def needed_by(self) -> list[int]:
+        """For each node of the graph, the bits of the tensors that need it: :func:`gtflops.closure.needed_by`."""
         return needed_by(self.graph, self.names)
 
     @cached_property
     def _segments(self) -> Segments:
-        return Segments.of(self.graph, self.names, self._needed_by, self.prices)
+        return Segments.of(self.graph, self.names, self.needed_by, self.prices)
 
     @cached_property
     def _closure(self) -> _core.ClosureCosts:
@@ -300,7 +301,7 @@ class Profile:
 
     @cached_property
     def _saved_bytes(self) -> dict[int, int]:
-        return saved_bytes(self.graph, self._needed_by)
+        return saved_bytes(self.graph, self.needed_by)
 
     def by_operator(self, trainable: Trainable = "all", ops: Ops = "all") -> dict[str, StepFlops]:
         """FLOPs of a step by operator, such as ``aten.mm.default``, the most expensive first."""
@@ -326,7 +327,7 @@ class Profile:
         prices = (self.prices[0] if _checked(ops) == "matmul" else self.prices.sum(axis=0)).tolist()
         selected = self._bits(self.mask(trainable)) | 1 << len(self.names)
         totals: dict[str, list[int]] = {}
-        for node, own_keys, flops, needed in zip(self.graph.nodes, keys, prices, self._needed_by, strict=True):
+        for node, own_keys, flops, needed in zip(self.graph.nodes, keys, prices, self.needed_by, strict=True):
             if node.phase is Phase.FORWARD or (node.phase in AFTER_FORWARD and needed & selected):
                 for key in own_keys:
                     totals.setdefault(key, [0, 0, 0])[_STEP.index(node.phase)] += flops

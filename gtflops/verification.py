@@ -16,7 +16,7 @@ from gtflops.capture import Loss, batch_types, call_model, loss_of, unchanged
 from gtflops.capture.batches import with_tensors_replaced
 from gtflops.capture.dispatch import OperatorMode, describe_call
 from gtflops.errors import InputError
-from gtflops.operators import FlopsByOutput, TensorType, lookup, price
+from gtflops.operators import TensorType, lookup, price_executed
 from gtflops.profiling import Profile, StepFlops
 
 
@@ -237,11 +237,11 @@ class _Counting(OperatorMode):
 
     def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         call = describe_call(func, args, kwargs, result)
-        cost = price(call)
+        cost = price_executed(call)
         if cost is None:
             self.unpriced[call.op] += 1
             return
-        self.by_operator[_packet(call.op)] += sum(cost.executed(call) if isinstance(cost, FlopsByOutput) else cost)
+        self.by_operator[_packet(call.op)] += sum(cost)
 
 
 @contextmanager

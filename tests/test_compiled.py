@@ -8,49 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from transformers import BertConfig, T5Config
 
 import gtflops
 from gtflops.capture.compiled import compiled_step
 from gtflops.compiled import CompiledStep
 from gtflops.operators import Flops
 from real_steps import counted_by_pytorch, train_only
-from small_models import VOCABULARY, build, padded_batch
+from small_models import build, padded_batch
+from zoo import ZOO
 
 FAMILIES: dict[str, Callable[[str], Any]] = {
     "llama": lambda attention: build("llama", attention),
     "opt": lambda attention: build("opt", attention),
-    "bert": lambda attention: transformers.BertForMaskedLM._from_config(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-        ),
-        attn_implementation=attention,
-    ).train(),
-    "t5": lambda attention: transformers.T5ForConditionalGeneration._from_config(
-        T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-        ),
-        attn_implementation=attention,
-    ).train(),
+    "bert": lambda attention: ZOO[f"bert-{attention}"]().model,
+    "t5": lambda attention: ZOO[f"t5-{attention}"]().model,
 }
 EVERY = [(family, attention) for family in FAMILIES for attention in ("eager", "sdpa")]
 

@@ -37,7 +37,7 @@ from gtflops.capture.fakes import fake, without_garbage_collection
 from gtflops.capture.unchanged import unchanged
 from gtflops.compiled import CompiledOperator, CompiledStep, Part
 from gtflops.errors import GtflopsError, UnsupportedModelError
-from gtflops.operators import Flops, FlopsByOutput, price
+from gtflops.operators import Flops, price_executed
 
 #: In a node's ``meta``: its place in the joint graph, and in a backward graph whether the forward graph runs it too.
 _JOINT, _AGAIN = "gtflops_joint", "gtflops_again"
@@ -177,9 +177,7 @@ def _plus(first: Flops, second: Flops) -> Flops:
 def _priced(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> tuple[str, Flops | None]:
     """The name of an operator that runs, and its price."""
     call = describe_call(func, args, kwargs, result)
-    cost = price(call)
-    if isinstance(cost, FlopsByOutput):
-        cost = cost.executed(call)
+    cost = price_executed(call)
     if cost is not None and not all(type(column) is int for column in cost):
         raise UnsupportedModelError(
             f"{call.op} works on a shape that depends on the values of its data; expected a step whose operators "

@@ -1,15 +1,15 @@
 """What the backward of a custom ``autograd.Function`` runs: all of it, or what its ``needs_input_grad`` asks for."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from gtflops.capture.recording import Record, Recorder
+from gtflops.capture.recording import Recorder
 from gtflops.graph import GETITEM
-from gtflops.operators import Call, Kind, lookup
+from gtflops.operators import Call, may_cost
 
 
 def record_whole(autograd_nodes: Iterable[Any], recorder: Recorder) -> list[str]:
@@ -38,7 +38,7 @@ class _Backward:
         alone = self._rehearse(gradients)
         start = len(recorder.records)
         outputs = node.apply(*gradients)
-        group = recorder.records[start:]
+        group = range(start, len(recorder.records))
         if isinstance(outputs, torch.Tensor):
             return self._dependent(outputs, 0, group, alone)
         if not isinstance(outputs, tuple):
@@ -76,34 +76,25 @@ class _Backward:
         return alone
 
     def _dependent(
-        self, output: torch.Tensor, position: int, group: list[Record], alone: dict[int, Counter[Call]]
+        self, output: torch.Tensor, position: int, group: range, alone: dict[int, Counter[Call]]
     ) -> torch.Tensor:
         """``output`` under a new identity, made after all that runs when this gradient is asked for."""
         recorder = self._recorder
-        if position in alone and alone[position] != _priced(record.call for record in group):
-            if alone[position] == _priced(record.call for record in self._ancestors(output, group)):
+        if position in alone and alone[position] != self._priced(group):
+            if alone[position] == self._priced(recorder.ancestors([recorder.record_of(output).position], group.start)):
                 return output
             self._doubt()
         alias = output.detach()
-        recorder.record_of(alias).inputs.update(record.position for record in group)
+        recorder.record_of(alias).inputs.update(group)
         return alias
+
+    def _priced(self, positions: Iterable[int]) -> Counter[Call]:
+        return _priced(self._recorder.records[position].call for position in positions)
 
     def _doubt(self) -> None:
         name = type(self._node).__name__.removesuffix("Backward")
         if name not in self._uncertain:
             self._uncertain.append(name)
-
-    def _ancestors(self, output: torch.Tensor, group: list[Record]) -> Iterator[Record]:
-        """The records of ``group`` that ``output`` depends on."""
-        records, first = self._recorder.records, group[0].position if group else 0
-        seen: set[int] = set()
-        stack = [self._recorder.record_of(output).position]
-        while stack:
-            position = stack.pop()
-            if position >= first and position not in seen:
-                seen.add(position)
-                yield records[position]
-                stack.extend(records[position].inputs)
 
 
 def _restore(node: BackwardCFunction, state: Mapping[str, Any]) -> None:
@@ -128,5 +119,4 @@ def asking_in_forward(autograd_nodes: Iterable[Any]) -> list[str]:
 
 def _priced(calls: Iterable[Call]) -> Counter[Call]:
     """The operators among ``calls`` that may cost something; views and copies may be made or not."""
-    entries = ((call, lookup(call.op)) for call in calls if call.op != GETITEM)
-    return Counter(call for call, entry in entries if entry is None or entry.kind is not Kind.FREE)
+    return Counter(call for call in calls if call.op != GETITEM and may_cost(call))

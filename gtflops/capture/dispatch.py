@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gtflops.errors import UnsupportedOperatorError
-from gtflops.operators import Argument, Call, Flops, FlopsByOutput, TensorType, lookup, price
+from gtflops.operators import Argument, Call, Flops, TensorType, lookup, price_executed
 
 # Questions about a tensor that reach a dispatch mode although they compute nothing.
 _METADATA = frozenset(
@@ -136,10 +136,8 @@ class ExecutedFlops(OperatorMode):
 
     def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         call = describe_call(func, args, kwargs, result)
-        cost = price(call)
+        cost = price_executed(call)
         if cost is None:
             self.unsupported[call.op] = self.unsupported.get(call.op, 0) + 1
             return
-        if isinstance(cost, FlopsByOutput):
-            cost = cost.executed(call)
         self.flops = Flops(self.flops.matmul + cost.matmul, self.flops.other + cost.other)

@@ -8,7 +8,7 @@ import torch
 from gtflops.capture.recording import Record, Recorder
 from gtflops.capture.requires_grad import RequiresGradMode
 from gtflops.graph import GETITEM, Phase
-from gtflops.operators import Kind, lookup
+from gtflops.operators import may_cost
 
 _WITH_FAST_PATH = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention)
 
@@ -79,9 +79,12 @@ def notes_of(
             f"{vectors} products with a trained vector are one product (mv); where the vector is frozen they may be a "
             "batch of products (bmm), whose gradients cost more"
         )
-    needed = _needed(recorder.records, results)
+    needed = recorder.ancestors(results)
     if hook_work := sum(
-        record.phase is Phase.BACKWARD and record.position not in needed and _costs(record)
+        record.phase is Phase.BACKWARD
+        and record.call.op != GETITEM
+        and record.position not in needed
+        and may_cost(record.call)
         for record in recorder.records
     ):
         notes.append(
@@ -101,24 +104,6 @@ def notes_of(
     if complex_tensors:
         notes.append(f"complex tensors are taken as frozen: {len(complex_tensors)}, first {complex_tensors[0]}")
     return tuple(notes)
-
-
-def _needed(records: Sequence[Record], results: Iterable[int]) -> set[int]:
-    """The positions of everything that the records at ``results`` depend on."""
-    needed: set[int] = set()
-    stack = list(results)
-    while stack:
-        position = stack.pop()
-        if position not in needed:
-            needed.add(position)
-            stack.extend(records[position].inputs)
-    return needed
-
-
-def _costs(record: Record) -> bool:
-    """Whether a record is an operator that may cost something."""
-    entry = lookup(record.call.op)
-    return record.call.op != GETITEM and (entry is None or entry.kind is not Kind.FREE)
 
 
 def _is_renamed_if_frozen(record: Record) -> bool:

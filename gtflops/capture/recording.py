@@ -4,7 +4,7 @@ import operator
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
@@ -42,8 +42,16 @@ class Record:
     call: Call
     phase: Phase
     origin: Origin
-    inputs: set[int] = field(default_factory=set)
+    inputs: set[int]
     storage: int | None = None
+
+
+@dataclass(slots=True)
+class _Recomputation:
+    """A run of a checkpointed region: the positions of its first record, and of the last so far."""
+
+    start: int
+    last: int | None = None
 
 
 class Recorder(OperatorMode):
@@ -66,8 +74,7 @@ class Recorder(OperatorMode):
         self._last_write: dict[int, Record] = {}
         self._module_stack: list[str] = []
         self._origin_of_sequence: dict[int, Origin] = {}
-        self._recomputed: list[Record | None] = []  # the last record of each recomputation that is running
-        self._recomputation_starts: list[int] = []
+        self._recomputations: list[_Recomputation] = []  # those that are running
         self._stopped: list[tuple[int, int]] = []  # first and last record of recomputations that stopped early
         self._rehearsed: list[Call] | None = None
         self._run_by: dict[int, list[int]] = {}  # sequence number of an autograd node: records of its backward
@@ -103,13 +110,13 @@ class Recorder(OperatorMode):
         own_args = self._with_records(args, inputs)
         own_kwargs = {name: self._with_records(value, inputs) for name, value in kwargs.items()}
         phase, origin = self.phase, self.origin()
-        if self._recomputed:
+        if self._recomputations:
             phase = Phase.RECOMPUTE
-            if (before := self._recomputed[-1]) is not None:
-                inputs.add(before.position)
+            if (before := self._recomputations[-1].last) is not None:
+                inputs.add(before)
         record = self._add(func, own_args, own_kwargs, call, phase, origin, inputs)
-        if self._recomputed:
-            self._recomputed[-1] = record
+        if self._recomputations:
+            self._recomputations[-1].last = record.position
         elif phase is Phase.BACKWARD and (autograd_node := torch._C._current_autograd_node()) is not None:
             self._run_by.setdefault(autograd_node._sequence_nr(), []).append(record.position)
         for written in _written(func, args, kwargs):
@@ -195,7 +202,7 @@ class Recorder(OperatorMode):
         """What runs now. A backward operator comes from where its autograd node was made in the forward pass, found
         by the sequence number which autograd gives to each."""
         autograd_node = torch._C._current_autograd_node()
-        if autograd_node is not None and not self._recomputed:
+        if autograd_node is not None and not self._recomputations:
             origin = self._origin_of_sequence.get(autograd_node._sequence_nr(), Origin("", ""))
             if self.phase is Phase.BACKWARD:
                 return origin
@@ -243,20 +250,18 @@ class Recorder(OperatorMode):
 
     def begin_recomputation(self) -> None:
         """Operators run the forward pass once more from here on, in order: each depends on the one before."""
-        self._recomputed.append(None)
-        self._recomputation_starts.append(len(self.records))
+        self._recomputations.append(_Recomputation(start=len(self.records)))
 
     def end_recomputation(self, whole: Sequence[torch.Tensor]) -> None:
         """What reads a tensor of ``whole`` depends on all that was recomputed."""
-        last = self._recomputed.pop()
+        recomputation = self._recomputations.pop()
+        last = recomputation.last
         if last is not None and not whole:
-            self._stopped.append((self._recomputation_starts.pop(), last.position))
-        else:
-            self._recomputation_starts.pop()
+            self._stopped.append((recomputation.start, last))
         for tensor in whole:
             made_by = self.record_of(tensor)
             call = Call("aten.detach.default", (tensor_type(tensor),), (), (tensor_type(tensor),))
-            inputs = {made_by.position, made_by.position if last is None else last.position}
+            inputs = {made_by.position, made_by.position if last is None else last}
             detach = torch.ops.aten.detach.default
             self._keep(tensor, self._add(detach, (made_by,), {}, call, Phase.RECOMPUTE, made_by.origin, inputs))
 
@@ -275,6 +280,17 @@ class Recorder(OperatorMode):
             if not any(stop in record.inputs for record in readers):
                 for record in readers:
                     record.inputs.add(stop)
+
+    def ancestors(self, results: Iterable[int], start: int = 0) -> set[int]:
+        """The positions, from ``start`` on, of the records at ``results`` and of everything that they depend on."""
+        found: set[int] = set()
+        stack = list(results)
+        while stack:
+            position = stack.pop()
+            if position >= start and position not in found:
+                found.add(position)
+                stack.extend(self.records[position].inputs)
+        return found
 
     @contextmanager
     def rehearsal(self) -> Iterator[list[Call]]:

@@ -2,7 +2,15 @@
 
 from gtflops.operators.call import Argument, Call, TensorType
 from gtflops.operators.cost import Entry, Flops, FlopsByOutput, Kind, Price
-from gtflops.operators.pricing import add_fallback, lookup, price, register_flops, registrations
+from gtflops.operators.pricing import (
+    add_fallback,
+    lookup,
+    may_cost,
+    price,
+    price_executed,
+    register_flops,
+    registrations,
+)
 from gtflops.operators.table import TABLE
 
 __all__ = [
@@ -17,7 +25,9 @@ __all__ = [
     "TensorType",
     "add_fallback",
     "lookup",
+    "may_cost",
     "price",
+    "price_executed",
     "register_flops",
     "registrations",
 ]

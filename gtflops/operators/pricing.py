@@ -57,6 +57,18 @@ def price(call: Call) -> Price | None:
     return None if entry is None else entry.formula(call)
 
 
+def may_cost(call: Call) -> bool:
+    """Whether a call is of an operator that is not declared free; one without a price may cost something."""
+    entry = lookup(call.op)
+    return entry is None or entry.kind is not Kind.FREE
+
+
+def price_executed(call: Call) -> Flops | None:
+    """FLOPs of a call that really ran: of several gradients, those that were asked for. ``None`` as :func:`price`."""
+    cost = price(call)
+    return cost.executed(call) if isinstance(cost, FlopsByOutput) else cost
+
+
 def registrations() -> tuple[Entry, ...]:
     """What the user registered, in that order."""
     return tuple(_registered.values())

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from gtflops.closure import needed_by
 from gtflops.compiled import CompiledStep
 from gtflops.errors import InputError
 from gtflops.graph import GETITEM, Phase
@@ -388,7 +387,7 @@ def _columns(everything: int, matmul: int) -> Columns:
 
 def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...], tuple[ModuleCost, ...]]:
     nodes = profile.graph.nodes
-    needed = needed_by(profile.graph, profile.names)
+    needed = profile.needed_by
     counts: Counter[str] = Counter()
     forward_counts: Counter[str] = Counter()
     by_operator: dict[str, Cost] = {}
