@@ -39,6 +39,31 @@ class ClosureCosts:
     def reached(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which segments a selection needs, ``[tensors]`` -> ``[segments]``."""
 
+class GraphKnapsack:
+    """The selection problem in the graph form. See gtflops.solver.GraphKnapsack; arrays as for ClosureCosts, with
+    one cost a segment.
+
+    Raises ValueError on malformed input, OverflowError where a sum is out of range. Immutable; solving releases
+    the GIL.
+    """
+
+    def __init__(
+        self,
+        dependency_offsets: NDArray[np.int64],
+        dependencies: NDArray[np.int64],
+        tensor_offsets: NDArray[np.int64],
+        tensor_segments: NDArray[np.int64],
+        costs: NDArray[np.int64],
+    ) -> None: ...
+    @property
+    def num_segments(self) -> int: ...
+    @property
+    def num_tensors(self) -> int: ...
+    def solve(
+        self, importance: NDArray[np.float64], capacity: int, max_states: int
+    ) -> tuple[NDArray[np.bool_], float, int, float, bool]:
+        """The best selection: (mask, value, cost, upper bound, optimal). Ctrl-C ends it."""
+
 def solve_chain(
     dw: NDArray[np.int64],
     dy: NDArray[np.int64],

@@ -1,8 +1,9 @@
-"""The selection problem in the chain form, on bare arrays."""
+"""The selection problem on bare arrays: the chain form and the graph form."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,14 +77,68 @@ def knapsack(
     GreenTrainer (arXiv:2309.13192), section 3.
     """
     arrays = _costs("dw", dw), _costs("dy", dy), _importances(importance)
+    limits = _integer("capacity", capacity, least=0), _integer("max_states", max_states, least=1)
     try:
-        mask, value, cost, upper_bound, optimal = _core.solve_chain(
-            *arrays, _integer("capacity", capacity, least=0), _integer("max_states", max_states, least=1)
-        )
+        return _result(*_core.solve_chain(*arrays, *limits))
     except (ValueError, OverflowError) as error:
         raise InputError(str(error)) from None
+
+
+class GraphKnapsack:
+    """The selection problem in the graph form: shared pieces of the backward pass are paid once.
+
+    A *segment* is a piece of the backward pass that runs either whole or not at all. A tensor's gradient needs some
+    segments, those need others; a selection costs every segment that it needs, once. The structure is worked out
+    once, here; :meth:`solve` takes other importances and another capacity each time. Immutable; may be solved from
+    several threads at a time.
+
+    >>> diamond = GraphKnapsack(dependencies=[[], [0], [0], [1, 2]], tensor_segments=[[1], [3]], costs=[5, 1, 2, 4])
+    >>> best = diamond.solve(importance=[1.0, 1.5], capacity=12)
+    >>> best.mask.tolist(), best.value, best.cost
+    ([True, True], 2.5, 12)
+    >>> diamond.solve(importance=[1.0, 1.5], capacity=11).mask.tolist()
+    [True, False]
+
+    Args:
+        dependencies: for each of the m segments, the segments that it needs, all of smaller index.
+        tensor_segments: for each of the n tensors, the segments that its gradient needs directly.
+        costs: FLOPs of each segment: m integers, 0 or more.
+
+    Raises:
+        InputError: an argument is not as above, or the sum of the costs does not fit int64.
+    """
+
+    def __init__(
+        self, dependencies: Sequence[ArrayLike], tensor_segments: Sequence[ArrayLike], costs: ArrayLike
+    ) -> None:
+        rows = (*_rows("dependencies", dependencies), *_rows("tensor_segments", tensor_segments))
+        try:
+            self._core = _core.GraphKnapsack(*rows, _costs("costs", costs))
+        except (ValueError, OverflowError) as error:
+            raise InputError(str(error)) from None
+
+    def solve(self, importance: ArrayLike, capacity: int, *, max_states: int = MAX_STATES) -> KnapsackResult:
+        """The most important tensors whose segments fit the capacity.
+
+        Arguments, result and errors as those of :func:`knapsack`.
+        """
+        limits = _integer("capacity", capacity, least=0), _integer("max_states", max_states, least=1)
+        try:
+            return _result(*self._core.solve(_importances(importance), *limits))
+        except (ValueError, OverflowError) as error:
+            raise InputError(str(error)) from None
+
+
+def _result(mask: NDArray[np.bool_], value: float, cost: int, upper_bound: float, optimal: bool) -> KnapsackResult:
     mask.flags.writeable = False
     return KnapsackResult(mask, value, cost, upper_bound, optimal)
+
+
+def _rows(name: str, rows: Sequence[ArrayLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Offsets and concatenation of rows of indices."""
+    arrays = [_costs(f"{name}[{index}]", row) for index, row in enumerate(rows)]
+    offsets = np.cumsum([0, *(array.size for array in arrays)], dtype=np.int64)
+    return offsets, np.concatenate([np.empty(0, dtype=np.int64), *arrays])
 
 
 def _costs(name: str, values: ArrayLike) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@
 
 #include "gtflops/chain_knapsack.hpp"
 #include "gtflops/closure.hpp"
+#include "gtflops/graph_knapsack.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -51,27 +52,34 @@ nb::object to_numpy(std::vector<Stored> values, std::initializer_list<std::size_
     return nb::cast(nb::ndarray<nb::numpy, T>(owned.release()->data(), shape, owner));
 }
 
-nb::tuple solve_chain(const Array<std::int64_t, 1>& dw, const Array<std::int64_t, 1>& dy,
-                      const Array<double, 1>& importance, std::int64_t capacity, std::size_t max_states) {
-    const auto own_dw = copied<std::int64_t>(dw);
-    const auto own_dy = copied<std::int64_t>(dy);
-    const auto own_importance = copied<double>(importance);
-    const auto interrupted = [] {
-        const nb::gil_scoped_acquire gil;
-        return PyErr_CheckSignals() != 0;
-    };
-    gtflops::ChainSolution solution = [&] {
+/// Solves without the GIL; Ctrl-C raises what its handler does, KeyboardInterrupt as a rule.
+template <typename Solve>
+nb::tuple solved(std::size_t max_states, Solve solve) {
+    const gtflops::SolveOptions options{max_states, [] {
+                                            const nb::gil_scoped_acquire gil;
+                                            return PyErr_CheckSignals() != 0;
+                                        }};
+    gtflops::Solution solution = [&] {
         try {
             const nb::gil_scoped_release released;
-            return gtflops::solve_chain({own_dw, own_dy, own_importance, capacity},
-                                        {max_states, interrupted});
+            return solve(options);
         } catch (const gtflops::Interrupted&) {
-            throw nb::python_error();  // what the signal handler raised, KeyboardInterrupt as a rule
+            throw nb::python_error();
         }
     }();
     const std::size_t size = solution.mask.size();
     return nb::make_tuple(to_numpy<bool>(std::move(solution.mask), {size}), solution.value, solution.cost,
                           solution.upper_bound, solution.optimal);
+}
+
+nb::tuple solve_chain(const Array<std::int64_t, 1>& dw, const Array<std::int64_t, 1>& dy,
+                      const Array<double, 1>& importance, std::int64_t capacity, std::size_t max_states) {
+    const auto own_dw = copied<std::int64_t>(dw);
+    const auto own_dy = copied<std::int64_t>(dy);
+    const auto own_importance = copied<double>(importance);
+    return solved(max_states, [&](const gtflops::SolveOptions& options) {
+        return gtflops::solve_chain({own_dw, own_dy, own_importance, capacity}, options);
+    });
 }
 
 std::vector<std::int64_t> costs(const gtflops::ClosureCosts& closure, const std::vector<std::uint8_t>& masks,
@@ -140,6 +148,36 @@ NB_MODULE(_core, module) {
                 return to_numpy<bool>(std::move(reached), {self.num_segments()});
             },
             "mask"_a.noconvert());
+
+    nb::class_<gtflops::GraphKnapsack>(module, "GraphKnapsack")
+        .def(
+            "__init__",
+            [](gtflops::GraphKnapsack* self, const Array<std::int64_t, 1>& dependency_offsets,
+               const Array<std::int64_t, 1>& dependencies, const Array<std::int64_t, 1>& tensor_offsets,
+               const Array<std::int64_t, 1>& tensor_segments, const Array<std::int64_t, 1>& costs) {
+                const auto own_dependency_offsets = copied<std::int64_t>(dependency_offsets);
+                const auto own_dependencies = copied<std::int64_t>(dependencies);
+                const auto own_tensor_offsets = copied<std::int64_t>(tensor_offsets);
+                const auto own_tensor_segments = copied<std::int64_t>(tensor_segments);
+                const auto own_costs = copied<std::int64_t>(costs);
+                const nb::gil_scoped_release released;
+                new (self) gtflops::GraphKnapsack({own_dependency_offsets, own_dependencies},
+                                                  {own_tensor_offsets, own_tensor_segments}, own_costs);
+            },
+            "dependency_offsets"_a.noconvert(), "dependencies"_a.noconvert(), "tensor_offsets"_a.noconvert(),
+            "tensor_segments"_a.noconvert(), "costs"_a.noconvert())
+        .def_prop_ro("num_segments", &gtflops::GraphKnapsack::num_segments)
+        .def_prop_ro("num_tensors", &gtflops::GraphKnapsack::num_tensors)
+        .def(
+            "solve",
+            [](const gtflops::GraphKnapsack& self, const Array<double, 1>& importance, std::int64_t capacity,
+               std::size_t max_states) {
+                const auto own_importance = copied<double>(importance);
+                return solved(max_states, [&](const gtflops::SolveOptions& options) {
+                    return self.solve(own_importance, capacity, options);
+                });
+            },
+            "importance"_a.noconvert(), "capacity"_a, "max_states"_a);
 
     module.def("solve_chain", &solve_chain, "dw"_a.noconvert(), "dy"_a.noconvert(),
                "importance"_a.noconvert(), "capacity"_a, "max_states"_a);

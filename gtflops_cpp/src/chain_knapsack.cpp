@@ -458,9 +458,9 @@ class CoreSearch {
     std::vector<Change> changes_;
 };
 
-ChainSolution summed(const ChainProblem& problem, const Incumbent& incumbent) {
+Solution summed(const ChainProblem& problem, const Incumbent& incumbent) {
     const std::size_t n = problem.dw.size();
-    ChainSolution solution{std::vector<std::uint8_t>(n), 0, 0, 0, true};
+    Solution solution{std::vector<std::uint8_t>(n), 0, 0, 0, true};
     for (const std::uint32_t tensor : incumbent.tensors) solution.mask[tensor] = 1;
     std::int64_t dy_so_far = 0;
     std::int64_t dy_paid = 0;
@@ -478,7 +478,7 @@ ChainSolution summed(const ChainProblem& problem, const Incumbent& incumbent) {
 
 }  // namespace
 
-ChainSolution solve_chain(const ChainProblem& problem, const ChainOptions& options) {
+Solution solve_chain(const ChainProblem& problem, const SolveOptions& options) {
     check(problem);
     const Instance instance = prepare(problem);
     Incumbent incumbent;
@@ -501,7 +501,7 @@ ChainSolution solve_chain(const ChainProblem& problem, const ChainOptions& optio
         if (bound <= incumbent.value) continue;
         // The states ran out: the depths not searched are open up to their bounds, the next one's the
         // highest.
-        ChainSolution solution = summed(problem, incumbent);
+        Solution solution = summed(problem, incumbent);
         const std::int64_t next_bound = i + 1 < depths.size() ? depths[i + 1].bound : 0;
         solution.upper_bound = std::max(solution.value, instance.values.upper(std::max(bound, next_bound)));
         solution.optimal = false;

@@ -12,10 +12,10 @@
 
 namespace {
 
-using gtflops::ChainOptions;
 using gtflops::ChainProblem;
-using gtflops::ChainSolution;
+using gtflops::Solution;
 using gtflops::solve_chain;
+using gtflops::SolveOptions;
 using Flops = std::vector<std::int64_t>;
 using Importances = std::vector<double>;
 
@@ -51,8 +51,8 @@ struct Instance {
         return best;
     }
 
-    ChainSolution solve(std::int64_t capacity, const ChainOptions& options = {}) const {
-        const ChainSolution solution = solve_chain({dw, dy, importance, capacity}, options);
+    Solution solve(std::int64_t capacity, const SolveOptions& options = {}) const {
+        const Solution solution = solve_chain({dw, dy, importance, capacity}, options);
         CHECK(solution.cost == cost(solution.mask) && solution.cost <= capacity);
         CHECK(solution.value == value(solution.mask) && solution.value <= solution.upper_bound);
         return solution;
@@ -86,7 +86,7 @@ void agrees_with_brute_force() {
             total += instance.dw.back() + instance.dy.back();
         }
         const std::int64_t capacity = below(static_cast<int>(total) + 2);
-        const ChainSolution solution = instance.solve(capacity);
+        const Solution solution = instance.solve(capacity);
         CHECK(solution.optimal && solution.upper_bound == solution.value);
         CHECK(solution.value == instance.brute_force(capacity));
     }
@@ -108,7 +108,7 @@ void extremes_are_exact() {
 void the_limit_leaves_a_bound() {
     const Instance hard = subset_sum(60, 1'000'000'000, 3);
     const std::int64_t capacity = std::accumulate(hard.dw.begin(), hard.dw.end(), std::int64_t{0}) / 2;
-    const ChainSolution solution = hard.solve(capacity, {.max_states = 1000, .interrupted = {}});
+    const Solution solution = hard.solve(capacity, {.max_states = 1000, .interrupted = {}});
     CHECK(!solution.optimal);
     CHECK(solution.upper_bound <=
           std::nextafter(static_cast<double>(capacity), 2.0 * static_cast<double>(capacity)));

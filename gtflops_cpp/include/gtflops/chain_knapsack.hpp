@@ -1,11 +1,9 @@
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <span>
-#include <stdexcept>
-#include <vector>
+
+#include "gtflops/solution.hpp"
 
 namespace gtflops {
 
@@ -23,28 +21,6 @@ struct ChainProblem {
     std::int64_t capacity;               // FLOPs, 0 or more
 };
 
-struct ChainOptions {
-    /// How many partial selections may be recorded in one solve: the limit on memory (up to about 45 bytes
-    /// each) and on time. Instances from models need a few thousand.
-    std::size_t max_states = 20'000'000;
-
-    /// Asked every few milliseconds; true ends the solve with `Interrupted`.
-    std::function<bool()> interrupted;
-};
-
-struct ChainSolution {
-    std::vector<std::uint8_t> mask;  // 1: selected
-    double value;                    // sum of the selected importances, in index order
-    std::int64_t cost;               // as defined above; never more than the capacity
-    double upper_bound;              // no selection is worth more; equal to `value` when `optimal`
-    bool optimal;                    // proved; false only where `max_states` was too small
-};
-
-class Interrupted : public std::runtime_error {
-  public:
-    Interrupted() : std::runtime_error("interrupted") {}
-};
-
 /// The best selection that costs at most the capacity.
 ///
 /// Costs are used as given, without quantisation. Importances become 62-bit fixed point, with one power of
@@ -54,6 +30,6 @@ class Interrupted : public std::runtime_error {
 ///
 /// Throws std::invalid_argument on malformed input, std::overflow_error where sum(dw) + sum(dy), or the sum
 /// of the positive importances, is out of range, `Interrupted` when asked to stop.
-ChainSolution solve_chain(const ChainProblem& problem, const ChainOptions& options = {});
+Solution solve_chain(const ChainProblem& problem, const SolveOptions& options = {});
 
 }  // namespace gtflops
