@@ -10,6 +10,8 @@
 
 namespace gtflops {
 
+struct Plan;
+
 /// Which tensors to train under a budget, in the graph form: a selection costs the segments of the backward
 /// pass that its gradients need (`ClosureCosts`), each once, and is worth the sum of its importances.
 ///
@@ -36,6 +38,7 @@ class GraphKnapsack {
 
   private:
     ClosureCosts closure_;
+    std::shared_ptr<const Plan> plan_;  // how the graph is searched; shared by copies
 };
 
 }  // namespace gtflops
