@@ -54,9 +54,11 @@ def _highs(
 ) -> MilpAnswer:
     """Binary x[k] trains tensor k, binary y[s] runs segment s: x[k] <= y[s], y[s] <= y[t] where one needs the other.
 
-    HiGHS works in float64, to absolute tolerances of 1e-6: on rows (so costs are divided by their greatest common
-    divisor), on whole numbers (so with costs beyond about 1e6 of those units its selection may exceed the capacity
-    when it is summed exactly: the caller has to), and between value and bound (so importances are scaled to sum 1e6).
+    HiGHS works in float64, to absolute tolerances of 1e-6. Between value and bound: importances are scaled to sum 1e6.
+    On rows: costs are given in units of their greatest common divisor, with half a unit of room, which is exact while
+    they sum to at most 1e9 units. With larger numbers HiGHS takes its rounding for a violation, and misses selections
+    that just fit; then the unit is larger and costs are rounded down, so that nothing that fits is lost, but what it
+    selects may exceed the capacity: the caller has to sum its selection.
     """
     n, m = len(own), len(costs)
     worth = np.concatenate([np.asarray(importance, dtype=np.float64), np.zeros(m)])
@@ -64,10 +66,10 @@ def _highs(
     total = worth[worth > 0].sum()
     if total == 0:
         return MilpAnswer(np.zeros(n, dtype=bool), 0.0, True)
-    scale, unit = 1e6 / total, max(1, int(np.gcd.reduce(paid)))
+    scale, unit = 1e6 / total, max(1, int(np.gcd.reduce(paid)), -(-int(paid.sum()) // 10**9))
     needs = [(k, n + s) for k, segments in enumerate(tensor_segments) for s in segments]
     needs += [(n + s, n + t) for s, sources in enumerate(dependencies) for t in sources]
-    constraints = [LinearConstraint(paid // unit, -np.inf, capacity // unit)]
+    constraints = [LinearConstraint(paid // unit, -np.inf, capacity // unit + 0.5)]
     if needs:
         rows = np.repeat(np.arange(len(needs)), 2)
         signs = np.tile([1.0, -1.0], len(needs))
@@ -75,7 +77,7 @@ def _highs(
         constraints.append(LinearConstraint(order, -np.inf, 0.0))
     answer = milp(
         -scale * worth,
-        integrality=np.ones(n + m),
+        integrality=np.ones(n + m, dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=constraints,
         options={"time_limit": seconds, "mip_rel_gap": 0.0},
