@@ -56,7 +56,7 @@ def _highs(
 
     HiGHS works in float64, to absolute tolerances of 1e-6. Between value and bound: importances are scaled to sum 1e6.
     On rows: costs are given in units of their greatest common divisor, with half a unit of room, which is exact while
-    they sum to at most 1e9 units. With larger numbers HiGHS takes its rounding for a violation, and misses selections
+    they sum to at most 1e11 units. With larger numbers HiGHS takes its rounding for a violation, and misses selections
     that just fit; then the unit is larger and costs are rounded down, so that nothing that fits is lost, but what it
     selects may exceed the capacity: the caller has to sum its selection.
     """
@@ -66,7 +66,7 @@ def _highs(
     total = worth[worth > 0].sum()
     if total == 0:
         return MilpAnswer(np.zeros(n, dtype=bool), 0.0, True)
-    scale, unit = 1e6 / total, max(1, int(np.gcd.reduce(paid)), -(-int(paid.sum()) // 10**9))
+    scale, unit = 1e6 / total, max(1, int(np.gcd.reduce(paid)), -(-int(paid.sum()) // 10**11))
     needs = [(k, n + s) for k, segments in enumerate(tensor_segments) for s in segments]
     needs += [(n + s, n + t) for s, sources in enumerate(dependencies) for t in sources]
     constraints = [LinearConstraint(paid // unit, -np.inf, capacity // unit + 0.5)]

@@ -308,11 +308,10 @@ def value_of(result: KnapsackResult, cost: Callable[[NDArray[np.bool_]], int], i
 
 
 def vote_of_highs(answer: MilpAnswer, cost: Callable[[NDArray[np.bool_]], int], instance: Instance) -> Votes:
-    """None where its selection exceeds the capacity, as it may where costs are large (see ``highs``)."""
-    assert answer.optimal, instance
-    assert answer.mask is not None, instance
-    fits = cost(answer.mask) <= instance.capacity
-    return {"HiGHS": sum(instance.importance[k] for k in selected_in(answer.mask))} if fits else {}
+    """None where costs are so large that HiGHS gives up, or that what it selects exceeds the capacity (``highs``)."""
+    if not answer.optimal or answer.mask is None or cost(answer.mask) > instance.capacity:
+        return {}
+    return {"HiGHS": sum(instance.importance[k] for k in selected_in(answer.mask))}
 
 
 def selected_in(mask: NDArray[np.bool_]) -> list[int]:
