@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gtflops
+from gtflops.capture import architecture
 from gtflops.capture.architectures import presets
 from gtflops.selection import budget_in_flops
 from gtflops.solver import GraphKnapsack, knapsack
@@ -47,7 +50,17 @@ MODELS: dict[str, tuple[dict[str, Any], Attention]] = {
 
 def profile_of(folder: Path, settings: dict[str, Any], attention: Attention) -> gtflops.Profile:
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return gtflops.profile(folder, batch_size=4, seq_len=128, attention=attention)
+    if attention == "eager":
+        return gtflops.profile(folder, batch_size=4, seq_len=128)
+    # A model by name is on no device, where SDPA comes apart; on the CPU it is one kernel, and the graph another.
+    built = architecture(str(folder), batch_size=4, seq_len=128, attention=attention)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = built.model.to_empty(device="cpu")
+        model.tie_weights()  # type: ignore[operator]
+        batch = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in built.batch.items()}
+    profile = gtflops.profile(model, batch)
+    assert any("scaled_dot_product" in operator for operator in profile.by_operator())
+    return profile
 
 
 def importances(profile: gtflops.Profile) -> dict[str, NDArray[np.float64]]:
