@@ -16,7 +16,7 @@ $(VENV)/installed: $(BUILT_FROM)
 	python3 -m venv $(VENV)
 	# torch by its exact version first: a range would bring the build for GPUs, gigabytes of it.
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt torch
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[demo,docs,lint,test]'
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[bench,demo,docs,lint,test]'
 	$(PYTHON) -m pip install --quiet --no-deps --requirement requirements-demo.txt
 	touch $@
 

@@ -15,7 +15,7 @@ _OPTIMAL = 0  # what scipy calls status
 
 
 @dataclass(frozen=True)
-class MilpAnswer:
+class Answer:
     """``mask`` is None where no selection was found in time; HiGHS proves that none is worth more than ``bound``."""
 
     mask: NDArray[np.bool_] | None
@@ -23,7 +23,7 @@ class MilpAnswer:
     optimal: bool
 
 
-def highs_chain(dw: Any, dy: Any, importance: Any, capacity: int, seconds: float) -> MilpAnswer:
+def highs_chain(dw: Any, dy: Any, importance: Any, capacity: int, seconds: float) -> Answer:
     """The chain form: tensor k pays dw[k], and needs the activation gradients 0 to k."""
     n = len(dw)
     above = [[k - 1] if k else [] for k in range(n)]
@@ -37,7 +37,7 @@ def highs_graph(
     importance: Any,
     capacity: int,
     seconds: float,
-) -> MilpAnswer:
+) -> Answer:
     """The graph form: a tensor pays nothing by itself, and needs its segments."""
     own = np.zeros(len(tensor_segments), dtype=np.int64)
     return _highs(own, dependencies, tensor_segments, costs, importance, capacity, seconds)
@@ -51,7 +51,7 @@ def _highs(
     importance: Any,
     capacity: int,
     seconds: float,
-) -> MilpAnswer:
+) -> Answer:
     """Binary x[k] trains tensor k, binary y[s] runs segment s: x[k] <= y[s], y[s] <= y[t] where one needs the other.
 
     HiGHS works in float64, to absolute tolerances of 1e-6. Between value and bound: importances are scaled to sum 1e6.
@@ -65,7 +65,7 @@ def _highs(
     paid = np.concatenate([np.asarray(own, dtype=np.int64), np.asarray(costs, dtype=np.int64)])
     total = worth[worth > 0].sum()
     if total == 0:
-        return MilpAnswer(np.zeros(n, dtype=bool), 0.0, True)
+        return Answer(np.zeros(n, dtype=bool), 0.0, True)
     scale, unit = 1e6 / total, max(1, int(np.gcd.reduce(paid)), -(-int(paid.sum()) // 10**11))
     needs = [(k, n + s) for k, segments in enumerate(tensor_segments) for s in segments]
     needs += [(n + s, n + t) for s, sources in enumerate(dependencies) for t in sources]
@@ -84,4 +84,4 @@ def _highs(
     )
     bound = total if answer.mip_dual_bound is None else -answer.mip_dual_bound / scale
     mask = None if answer.x is None else answer.x[:n] > 0.5
-    return MilpAnswer(mask, bound, answer.status == _OPTIMAL)
+    return Answer(mask, bound, answer.status == _OPTIMAL)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gtflops.errors import InputError
 from gtflops.solver import KnapsackResult, knapsack
-from highs import MilpAnswer, highs_chain
+from highs import Answer, highs_chain
 from reference import chain_cost, chain_optimum_brute_force, chain_optimum_dp
 
 Chain = tuple[list[int], list[int], list[Any], int]
@@ -110,7 +110,7 @@ def opt_like(layers: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int6
     return dw, dy, importance * np.sqrt(dw / dw.max())
 
 
-def assert_agrees_with_highs(result: KnapsackResult, answer: MilpAnswer, importance: NDArray[np.float64]) -> None:
+def assert_agrees_with_highs(result: KnapsackResult, answer: Answer, importance: NDArray[np.float64]) -> None:
     """Stopped by the clock, HiGHS still has a bound on each side; it works to a tolerance."""
     assert answer.mask is not None
     assert importance[answer.mask].sum() * (1 - 1e-7) <= result.value <= answer.bound * (1 + 1e-7)

@@ -11,7 +11,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from gtflops.solver import GraphKnapsack, KnapsackResult, knapsack
-from highs import MilpAnswer, highs_chain, highs_graph
+from highs import Answer, highs_chain, highs_graph
 from reference import (
     chain_cost,
     chain_form,
@@ -307,7 +307,7 @@ def value_of(result: KnapsackResult, cost: Callable[[NDArray[np.bool_]], int], i
     return result.value
 
 
-def vote_of_highs(answer: MilpAnswer, cost: Callable[[NDArray[np.bool_]], int], instance: Instance) -> Votes:
+def vote_of_highs(answer: Answer, cost: Callable[[NDArray[np.bool_]], int], instance: Instance) -> Votes:
     """None where costs are so large that HiGHS gives up, or that what it selects exceeds the capacity (``highs``)."""
     if not answer.optimal or answer.mask is None or cost(answer.mask) > instance.capacity:
         return {}
