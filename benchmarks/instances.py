@@ -144,8 +144,8 @@ FAMILIES: dict[str, Callable[[NDArray[np.int64], int], Items]] = {
     "subset-sum": _subset_sum,
     "equal densities": _equal_densities,
 }
-HARD_SIZES = (100, 1_000, 10_000)
-LARGEST_COSTS = (10**3, 10**6, 10**12)
+#: Tensors and largest cost; 10,000 tensors at larger costs would take minutes in all.
+HARD_SIZES = [*((size, largest) for size in (100, 1_000) for largest in (10**3, 10**6, 10**12)), (10_000, 10**3)]
 
 
 def hard(family: str, tensors: int, largest: int, with_dy: bool) -> Problem:
