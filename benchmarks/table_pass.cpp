@@ -1,5 +1,6 @@
-// One item of a knapsack table over costs: best[c] = max(best[c], best[c - cost] + value), for all c, from the top. In
-// blocks, of which what is read and what is written never overlap, so that nothing holds the compiler's vectors back.
+// One item of a knapsack table over costs: best[c] = max(best[c], best[c - cost] + value), for all c, from
+// the top. In blocks, of which what is read and what is written never overlap, so that nothing holds the
+// compiler's vectors back.
 
 #include <cstdint>
 
