@@ -6,6 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 test bench: export OMP_NUM_THREADS ?= 1
 
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
+CPP_STYLED := $(CPP) benchmarks/table_pass.cpp
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
 
 .PHONY: install demo test test-cpp bench bench-results lint format docs clean
@@ -16,7 +17,7 @@ $(VENV)/installed: $(BUILT_FROM)
 	python3 -m venv $(VENV)
 	# torch by its exact version first: a range would bring the build for GPUs, gigabytes of it.
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt torch
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[demo,docs,lint,test]'
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[bench,demo,docs,lint,test]'
 	$(PYTHON) -m pip install --quiet --no-deps --requirement requirements-demo.txt
 	touch $@
 
@@ -44,12 +45,12 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_STYLED)
 
 format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(VENV)/bin/clang-format -i $(CPP_STYLED)
 
 docs: install
 	$(VENV)/bin/mkdocs build --strict

@@ -45,3 +45,57 @@ def closure(
             reached.add(segment)
             pending.extend(dependencies[segment])
     return reached
+
+
+def graph_optimum_brute_force(
+    dependencies: Sequence[Sequence[int]],
+    tensor_segments: Sequence[Sequence[int]],
+    costs: Sequence[int],
+    importance: Sequence[float],
+    capacity: int,
+) -> float:
+    """The best value of any of the 2^n selections."""
+    n = len(tensor_segments)
+    selections = ([k for k in range(n) if subset >> k & 1] for subset in range(1 << n))
+    alone = [closure(dependencies, tensor_segments, [k]) for k in range(n)]
+    return max(
+        sum(importance[k] for k in s)
+        for s in selections
+        if sum(costs[segment] for segment in set().union(*(alone[k] for k in s))) <= capacity
+    )
+
+
+def graph_optimum_ideals(
+    dependencies: Sequence[Sequence[int]],
+    tensor_segments: Sequence[Sequence[int]],
+    costs: Sequence[int],
+    importance: Sequence[float],
+    capacity: int,
+) -> float:
+    """The best value, over the sets of segments (as bits) that contain what they depend on and fit the capacity."""
+    needs = [sum(1 << source for source in sources) for sources in dependencies]
+    ideals = {0: 0}  # cost of each, over the segments so far
+    for segment, cost in enumerate(costs):
+        ideals |= {
+            ideal | 1 << segment: paid + cost
+            for ideal, paid in ideals.items()
+            if needs[segment] & ~ideal == 0 and paid + cost <= capacity
+        }
+    wants = [sum(1 << segment for segment in set(segments)) for segments in tensor_segments]
+    worthwhile = [(bits, worth) for bits, worth in zip(wants, importance, strict=True) if worth > 0]
+    return max(sum(worth for bits, worth in worthwhile if bits & ~ideal == 0) for ideal in ideals)
+
+
+def chain_form(
+    dependencies: Sequence[Sequence[int]], tensor_segments: Sequence[Sequence[int]], costs: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """dw and dy of a graph, tensors in backward order: who first needs a shared segment pays for it as dy."""
+    dw, dy = [0] * len(tensor_segments), [0] * len(tensor_segments)
+    needed_by: list[list[int]] = [[] for _ in costs]
+    for k in range(len(tensor_segments)):
+        for segment in closure(dependencies, tensor_segments, [k]):
+            needed_by[segment].append(k)
+    for tensors, cost in zip(needed_by, costs, strict=True):
+        if tensors:
+            (dw if len(tensors) == 1 else dy)[tensors[0]] += cost
+    return dw, dy
