@@ -1,5 +1,6 @@
 #include "gtflops/graph_knapsack.hpp"
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numeric>
@@ -145,13 +146,26 @@ void the_limit_leaves_a_bound() {
     CHECK(solution.upper_bound <= static_cast<double>(total_cost(hard)));
 }
 
+void a_solve_can_be_interrupted() {
+    Importances importance;
+    const Graph hard = subset_sum(60, importance);
+    CHECK(throws<gtflops::Interrupted>("interrupted", [&] {
+        solve(hard, importance, total_cost(hard) / 2, {.interrupted = [] { return true; }});
+    }));
+}
+
 void malformed_input_is_refused() {
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const auto refused = [](const Importances& importance, std::int64_t capacity = 1) {
         return throws<std::invalid_argument>("", [&] { solve(small_chain(), importance, capacity); });
     };
     CHECK(refused({1}));
     CHECK(refused({1, 1, 1}));
     CHECK(refused({1, 1}, -1));
+    CHECK(refused({1, std::nan("")}));
+    CHECK(refused({kInfinity, 1}));
+    CHECK(refused({-kInfinity, 1}));
+    CHECK(throws<std::overflow_error>("importance", [&] { solve(small_chain(), {1e308, 1e308}, 1); }));
 }
 
 void malformed_graphs_are_refused() {
@@ -182,6 +196,7 @@ int main() {
     nothing_to_choose_from();
     extremes_are_exact();
     the_limit_leaves_a_bound();
+    a_solve_can_be_interrupted();
     malformed_input_is_refused();
     malformed_graphs_are_refused();
 }
