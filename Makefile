@@ -8,7 +8,7 @@ test bench: export OMP_NUM_THREADS ?= 1
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
 
-.PHONY: install demo test test-cpp bench bench-results lint format docs clean
+.PHONY: install demo test test-cpp test-threads fuzz sanitize bench bench-results lint format docs clean
 
 install: $(VENV)/installed
 
@@ -30,6 +30,13 @@ test-cpp: install
 	$(VENV)/bin/cmake -S . -B build/cpp -DGTFLOPS_BUILD_TESTS=ON
 	$(VENV)/bin/cmake --build build/cpp --parallel 2
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure
+
+# Where it ends with "unexpected memory mapping", the kernel spreads addresses wider than this compiler's
+# ThreadSanitizer knows: `setarch --addr-no-randomize make test-threads`.
+test-threads: install
+	$(VENV)/bin/cmake -S . -B build/threads -DGTFLOPS_BUILD_TESTS=ON -DGTFLOPS_SANITIZE=thread
+	$(VENV)/bin/cmake --build build/threads --target threads_test
+	build/threads/threads_test
 
 bench: install
 	mkdir -p build
