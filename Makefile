@@ -38,6 +38,17 @@ test-threads: install
 	$(VENV)/bin/cmake --build build/threads --target threads_test
 	build/threads/threads_test
 
+CLANG ?= clang++
+FUZZ_SECONDS ?= 30
+fuzz: install
+	@command -v $(CLANG) >/dev/null || { echo "make fuzz needs Clang and its runtime: apt-get install clang" >&2; exit 1; }
+	$(VENV)/bin/cmake -S . -B build/fuzz -DCMAKE_CXX_COMPILER=$(CLANG) -DGTFLOPS_BUILD_FUZZ=ON \
+		-DGTFLOPS_SANITIZE=address,undefined
+	$(VENV)/bin/cmake --build build/fuzz --parallel 2
+	for target in build/fuzz/*_fuzz; do \
+		$$target -max_total_time=$(FUZZ_SECONDS) -max_len=1000 -timeout=10 -artifact_prefix=build/fuzz/ || exit; \
+	done
+
 bench: install
 	mkdir -p build
 	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
