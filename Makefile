@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 # Tests and benchmarks: two busy threads on two shared cores can be slower than one.
-test bench: export OMP_NUM_THREADS ?= 1
+test sanitize bench: export OMP_NUM_THREADS ?= 1
 
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
@@ -37,6 +37,22 @@ test-threads: install
 	$(VENV)/bin/cmake -S . -B build/threads -DGTFLOPS_BUILD_TESTS=ON -DGTFLOPS_SANITIZE=thread
 	$(VENV)/bin/cmake --build build/threads --target threads_test
 	build/threads/threads_test
+
+# The whole suite with AddressSanitizer and UndefinedBehaviorSanitizer in the extension, which is built apart and
+# put in the place of the usual one. Python is not built with AddressSanitizer, so its library has to be loaded
+# first, with the C++ library whose exceptions it watches; what Python keeps until its end is no leak of ours.
+PYTEST_ARGS ?=
+SANITIZED = env ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=$(abspath gtflops_cpp/tests/sanitize) \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)"
+sanitize: install build/sanitize/nanobind
+	PYTHONPATH=build/sanitize/nanobind $(VENV)/bin/cmake -S . -B build/sanitize -DGTFLOPS_BUILD_PYTHON=ON \
+		-DGTFLOPS_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(PYTHON))
+	$(VENV)/bin/cmake --build build/sanitize --parallel 2
+	$(SANITIZED) $(PYTHON) -c 'import gtflops._core as core; assert "/build/sanitize/" in core.__file__, core.__file__'
+	$(SANITIZED) $(PYTHON) -m pytest $(PYTEST_ARGS)
+
+build/sanitize/nanobind: | install
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --target $@ nanobind
 
 CLANG ?= clang++
 FUZZ_SECONDS ?= 30
