@@ -41,6 +41,7 @@ test-threads: install
 # The whole suite with AddressSanitizer and UndefinedBehaviorSanitizer in the extension, which is built apart and
 # put in the place of the usual one. Python is not built with AddressSanitizer, so its library has to be loaded
 # first, with the C++ library whose exceptions it watches; what Python keeps until its end is no leak of ours.
+# pytest captures what Python prints only, or the report of a process that ends on the spot would be lost.
 PYTEST_ARGS ?=
 SANITIZED = env ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=$(abspath gtflops_cpp/tests/sanitize) \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)"
@@ -49,7 +50,7 @@ sanitize: install build/sanitize/nanobind
 		-DGTFLOPS_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(PYTHON))
 	$(VENV)/bin/cmake --build build/sanitize --parallel 2
 	$(SANITIZED) $(PYTHON) -c 'import gtflops._core as core; assert "/build/sanitize/" in core.__file__, core.__file__'
-	$(SANITIZED) $(PYTHON) -m pytest $(PYTEST_ARGS)
+	$(SANITIZED) $(PYTHON) -m pytest --capture=sys $(PYTEST_ARGS)
 
 build/sanitize/nanobind: | install
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --target $@ nanobind
