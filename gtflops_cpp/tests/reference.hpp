@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <numeric>
-#include <random>
 #include <span>
 #include <vector>
 
 #include "check.hpp"
-#include "gtflops/chain_knapsack.hpp"
 #include "gtflops/closure.hpp"
 #include "gtflops/solution.hpp"
 
@@ -115,7 +114,7 @@ double best_worth(const Form& form, std::span<const double> importance, std::int
     return best;
 }
 
-/// What is left of one pass over the tensors that takes each which still fits.
+/// What one pass over the tensors that takes each which still fits is worth.
 template <typename Form>
 double greedy_worth(const Form& form, std::span<const double> importance, std::int64_t capacity) {
     Mask mask(form.num_tensors());
