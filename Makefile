@@ -3,13 +3,13 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 # Tests and benchmarks: two busy threads on two shared cores can be slower than one.
-test bench: export OMP_NUM_THREADS ?= 1
+test sanitize bench: export OMP_NUM_THREADS ?= 1
 
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 CPP_STYLED := $(CPP) benchmarks/table_pass.cpp
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
 
-.PHONY: install demo test test-cpp bench bench-results lint format docs clean
+.PHONY: install demo test test-cpp test-threads fuzz sanitize bench bench-results lint format docs clean
 
 install: $(VENV)/installed
 
@@ -31,6 +31,44 @@ test-cpp: install
 	$(VENV)/bin/cmake -S . -B build/cpp -DGTFLOPS_BUILD_TESTS=ON
 	$(VENV)/bin/cmake --build build/cpp --parallel 2
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure
+
+# Where it ends with "unexpected memory mapping", the kernel spreads addresses wider than this compiler's
+# ThreadSanitizer knows: `setarch --addr-no-randomize make test-threads`.
+test-threads: install
+	$(VENV)/bin/cmake -S . -B build/threads -DGTFLOPS_BUILD_TESTS=ON -DGTFLOPS_SANITIZE=thread
+	$(VENV)/bin/cmake --build build/threads --target threads_test
+	build/threads/threads_test
+
+# The whole suite with AddressSanitizer and UndefinedBehaviorSanitizer in the extension, which is built apart and
+# put in the place of the usual one. Python is not built with AddressSanitizer, so its library has to be loaded
+# first, with the C++ library whose exceptions it watches; what Python keeps until its end is no leak of ours.
+# pytest captures what Python prints only, or the report of a process that ends on the spot would be lost.
+PYTEST_ARGS ?=
+SANITIZED = env ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath gtflops_cpp/tests/sanitize) \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)"
+sanitize: install build/sanitize/nanobind
+	PYTHONPATH=build/sanitize/nanobind $(VENV)/bin/cmake -S . -B build/sanitize -DGTFLOPS_BUILD_PYTHON=ON \
+		-DGTFLOPS_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(PYTHON))
+	$(VENV)/bin/cmake --build build/sanitize --parallel 2
+	$(SANITIZED) $(PYTHON) -c 'import gtflops._core as core; assert "/build/sanitize/" in core.__file__, core.__file__'
+	$(SANITIZED) $(PYTHON) -m pytest --capture=sys $(PYTEST_ARGS)
+
+build/sanitize/nanobind: | install
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --target $@ nanobind
+
+# Debian 12's default, Clang 14, cannot compile its standard library's ranges. Other versions may warn of what
+# this one does not; that is no error here.
+CLANG ?= clang++-16
+FUZZ_SECONDS ?= 30
+fuzz: install
+	@command -v $(CLANG) >/dev/null || \
+		{ echo 'no $(CLANG): apt-get install clang-16, or make fuzz CLANG=<16 or newer>' >&2; exit 1; }
+	$(VENV)/bin/cmake -S . -B build/fuzz -DCMAKE_CXX_COMPILER=$(CLANG) -DGTFLOPS_BUILD_FUZZ=ON \
+		-DGTFLOPS_SANITIZE=address,undefined --compile-no-warning-as-error
+	$(VENV)/bin/cmake --build build/fuzz --parallel 2
+	for target in build/fuzz/*_fuzz; do \
+		$$target -max_total_time=$(FUZZ_SECONDS) -max_len=1000 -timeout=10 -artifact_prefix=build/fuzz/ || exit; \
+	done
 
 bench: install
 	mkdir -p build

@@ -75,7 +75,8 @@ ClosureCosts::ClosureCosts(IndexRows dependencies, IndexRows tensor_segments,
         }
     }
     require_size("costs", costs.size(), area("costs", num_columns, num_segments()));
-    for (std::size_t column = 0; column < num_columns; ++column) {
+    // Without segments there is nothing to check, in however many columns.
+    for (std::size_t column = 0; num_segments() != 0 && column < num_columns; ++column) {
         std::int64_t total = 0;
         for (std::size_t segment = 0; segment < num_segments(); ++segment) {
             const std::int64_t cost = costs[column * num_segments() + segment];

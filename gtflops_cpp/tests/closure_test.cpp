@@ -42,6 +42,8 @@ void an_empty_graph_costs_nothing() {
     const ClosureCosts empty({offsets, none}, {offsets, none}, none, 2);
     CHECK((empty.costs({}, 1) == Indices{0, 0}));
     CHECK(empty.reached({}).empty());
+    constexpr std::size_t kMany = std::numeric_limits<std::size_t>::max();
+    CHECK(ClosureCosts({offsets, none}, {offsets, none}, none, kMany).num_columns() == kMany);
 }
 
 void malformed_input_is_refused() {
