@@ -596,7 +596,7 @@ def _columns(graph: Graph, matmul: list[int], other: list[int]) -> npt.NDArray[n
 
 
 def times_of_nodes(graph: Graph, nanoseconds: list[int]) -> npt.NDArray[np.int64]:
-    """Times as read-only int64 [nodes], so that no sum of them overflows. ValueError where they do not fit the graph."""
+    """Times as read-only int64 [nodes] of which no sum overflows. ValueError where they do not fit the graph."""
     if len(nanoseconds) != len(graph.nodes) or any(type(time) is not int or time < 0 for time in nanoseconds):
         raise ValueError(f"{len(nanoseconds)} times, expected a number of nanoseconds for each node")
     if sum(nanoseconds) > np.iinfo(np.int64).max:
