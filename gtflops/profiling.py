@@ -457,9 +457,9 @@ class Profile:
         traced = self._shapes.at(sizes)
         notes = traced.notes
         if self.compiled is not None:
-            notes = (*notes, "the compiled graph was of another shape and is left out: profile(..., graph='compiled')")
+            notes = ("the compiled graph was of another shape and is left out: profile(..., graph='compiled')", *notes)
         if self.nanoseconds is not None:
-            notes = (*notes, "times were of another shape and are left out: gtflops.measure_time(profile, device)")
+            notes = ("times were of another shape and are left out: gtflops.measure_time(profile, device)", *notes)
         return replace(Profile.from_graph(traced.graph, notes, self.versions), _shapes=self._shapes, _sizes=sizes)
 
     # --- files --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What operators take on a device: each distinct call of a profile, run there on arguments of its types."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,8 +25,8 @@ def measure_time(profile: Profile, device: str | torch.device = "cpu", *, allow_
 
     Each distinct call, which is an operator with its shapes, dtypes and plain arguments, runs by itself: once to warm
     up, then in a few rounds, of which the shortest counts; equal calls share the price. An operator with a mask of
-    outputs runs without each of them too, and what that saves is the price of the output. No weights are needed, and a
-    profile that was read from a file will do. :meth:`gtflops.Profile.step_seconds` is the sum for a selection.
+    outputs runs for some of them too, so that each has a price. No weights are needed, and a profile that was read from
+    a file will do. :meth:`gtflops.Profile.step_seconds` is the sum for a selection.
 
     In the times is what PyTorch takes to dispatch an operator, so that views cost something. Not in them is what
     Python and autograd do between operators, and how a step differs from an operator by itself: caches and memory that
@@ -147,17 +147,22 @@ def _time_of(call: Call, arguments: "_Arguments") -> _Time:
     def measured(*args: Any) -> int:
         return _nanoseconds(lambda: func(*args, **kwargs), arguments.device)
 
-    whole = measured(*args)
     position = next((at for at, argument in enumerate(func._schema.arguments) if argument.name == "output_mask"), None)
     if position is None or position >= len(args) or sum(mask := args[position]) < 2:
-        return _Time(whole)
+        return _Time(measured(*args))
 
-    def saved_without(output: int) -> int:
-        others = [asked and other != output for other, asked in enumerate(mask)]
-        return max(0, whole - measured(*args[:position], others, *args[position + 1 :]))
+    def making(outputs: Collection[int]) -> int:
+        return measured(*args[:position], [output in outputs for output in range(len(mask))], *args[position + 1 :])
 
-    outputs = tuple(saved_without(output) if asked else 0 for output, asked in enumerate(mask))
-    return _Time(max(1, whole - sum(outputs)), outputs)
+    # Autograd asks for the first, which the layers below need, for the others, which are parameters', or for both.
+    # These have their own times exactly; each of the others adds what it adds to those before it.
+    asked = [output for output, is_asked in enumerate(mask) if is_asked]
+    up_to = [making(asked[:end]) for end in range(1, len(asked) + 1)]
+    outputs = [0] * len(mask)
+    outputs[asked[0]] = min(max(0, up_to[-1] - making(asked[1:])), up_to[0] - 1)
+    for output, before, after in zip(asked[1:], up_to[:-1], up_to[1:], strict=True):
+        outputs[output] = max(0, after - before)
+    return _Time(up_to[0] - outputs[asked[0]], tuple(outputs))
 
 
 def _nanoseconds(run: Callable[[], Any], device: torch.device) -> int:
@@ -204,11 +209,11 @@ class _Arguments:
         sizes = (size for tensor in call.tensors() for size in tensor.shape if size)
         bound = _ROWS[op](call) if op in _ROWS else min(sizes, default=1)
         names = [argument.name for argument in func._schema.arguments]
-        args = [self._made(value, name, bound) for name, value in zip(names, call.args, strict=False)]
+        args = [self._made(value, names[at], bound) for at, value in enumerate(call.args)]
         kwargs = {name: self._made(value, name, bound) for name, value in call.kwargs}
         if op in _AGREED:
             _AGREED[op](call, args)
-        elif state := _STATE & {name for name, value in zip(names, call.args, strict=False) if value is not None}:
+        elif state := _STATE & {names[at] for at, value in enumerate(call.args) if value is not None}:
             raise ValueError(f"{', '.join(sorted(state))} must be what a library left there")
         return args, kwargs
 
