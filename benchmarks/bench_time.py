@@ -18,9 +18,11 @@ SELECTIONS: dict[str, Callable[[list[str]], Collection[str]]] = {
     "the top 6 of 30 layers": lambda names: [
         name for name in names if name.startswith(tuple(f"model.layers.{layer}." for layer in range(24, 30)))
     ],
-    "a random half of the matrices": lambda names: np.random.default_rng(0).permutation(
-        matrices := [name for name in names if "norm" not in name]
-    )[: len(matrices) // 2],
+    "a random half of the matrices": lambda names: (
+        np.random.default_rng(0)
+        .permutation(matrices := [name for name in names if "norm" not in name])[: len(matrices) // 2]
+        .tolist()
+    ),
     "norms only": lambda names: [name for name in names if "norm" in name],
     "attention only": lambda names: [name for name in names if ".self_attn." in name],
 }
