@@ -108,9 +108,8 @@ def test_solver(benchmark: Any, opt: gtflops.Profile, solver: str, budget: float
     benchmark.extra_info["step, share of the budget:"] = opt.step_flops(mask).total / (budget * opt.full_flops)
 
 
-@pytest.fixture(scope="module")
-def training() -> tuple[Any, Any, Any]:
-    """SmolLM2-135M with random weights on 2 x 128 tokens: real tensors, one step of AdamW made."""
+def smollm2() -> tuple[Any, dict[str, torch.Tensor]]:
+    """SmolLM2-135M with random weights and 2 x 128 tokens: real tensors."""
     torch.manual_seed(0)
     built = architecture(SMOLLM2, batch_size=2, seq_len=128)
     model = built.model.to_empty(device="cpu")
@@ -119,7 +118,13 @@ def training() -> tuple[Any, Any, Any]:
         torch.nn.init.normal_(parameter, std=0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     ids = torch.randint(0, 49152, (2, 128))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+@pytest.fixture(scope="module")
+def training() -> tuple[Any, Any, Any]:
+    """SmolLM2-135M, one step of AdamW made."""
+    model, batch = smollm2()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     one_step(model, batch, optimizer)
     return model, batch, optimizer

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gtflops.profiling import Profile, StepFlops, TensorCost, profile
     from gtflops.selection import Selection, select
     from gtflops.solver import KnapsackResult, knapsack
+    from gtflops.timing import measure_time
     from gtflops.training import GreenTrainer
 
 # Where each public name lives. They are loaded when first used: the solver and a saved profile need no torch.
@@ -37,6 +38,7 @@ _HOME = {
     "UnsupportedOperatorError": "errors",
     "knapsack": "solver",
     "measure_importance": "importance",
+    "measure_time": "timing",
     "profile": "profiling",
     "register_flops": "operators",
     "select": "selection",
@@ -58,6 +60,7 @@ __all__ = [
     "UnsupportedOperatorError",
     "knapsack",
     "measure_importance",
+    "measure_time",
     "profile",
     "register_flops",
     "select",

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from gtflops.verification import Verification
 
 FORMAT = "gtflops-profile"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+TIMED = "operators were timed "  # so begins the note of what ``nanoseconds`` were measured on
 
 _STEP = (Phase.FORWARD, *AFTER_FORWARD)  # phases in which operators run
 
@@ -99,7 +101,8 @@ class Profile:
     ``prices`` has two rows, matrix products and everything else, and a column for each node of ``graph``; a
     selection's backward cost is the sum over the nodes that its gradients depend on (its closure), which is what
     autograd executes. ``notes`` say what was assumed; ``versions`` what made the profile. ``compiled`` holds what
-    ``torch.compile`` would run of the step, where it was asked for.
+    ``torch.compile`` would run of the step, where it was asked for. ``nanoseconds``, one for each node, are what its
+    operator takes on a device, 0 where nothing runs; :func:`gtflops.measure_time` gives a profile that has them.
 
     >>> import gtflops, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(5, 1, bias=False))
@@ -116,6 +119,7 @@ class Profile:
     notes: tuple[str, ...]
     versions: Mapping[str, str]
     compiled: CompiledStep | None = None
+    nanoseconds: npt.NDArray[np.int64] | None = None
     _shapes: Shapes | None = field(default=None, repr=False)
     _sizes: Sizes | None = field(default=None, repr=False)  # where this is not the shape that was profiled first
 
@@ -290,6 +294,22 @@ class Profile:
         alone.flags.writeable = False
         return alone
 
+    def step_seconds(self, trainable: Trainable) -> float:
+        """Seconds of one training step in which exactly ``trainable`` receives gradients, as the sum of its operators.
+
+        Forward and backward pass, as :meth:`step_flops`, without the optimizer; :func:`gtflops.measure_time` says what
+        the sum leaves out. Time linear in the number of nodes. InputError for a profile without times and as
+        :meth:`step_flops`.
+        """
+        if self.nanoseconds is None:
+            raise InputError("this profile has no times: gtflops.measure_time(profile, device) measures them")
+        selected = self._bits(self.mask(trainable)) | 1 << len(self.names)
+        runs = [
+            node.phase is Phase.FORWARD or (node.phase in AFTER_FORWARD and bool(needed & selected))
+            for node, needed in zip(self.graph.nodes, self.needed_by, strict=True)
+        ]
+        return int(self.nanoseconds[runs].sum()) / 1e9
+
     def activation_bytes(self, trainable: Trainable) -> int:
         """Bytes that autograd keeps from the forward pass for the backward, when exactly ``trainable`` trains.
 
@@ -437,7 +457,9 @@ class Profile:
         traced = self._shapes.at(sizes)
         notes = traced.notes
         if self.compiled is not None:
-            notes = (*notes, "the compiled graph was of another shape and is left out: profile(..., graph='compiled')")
+            notes = ("the compiled graph was of another shape and is left out: profile(..., graph='compiled')", *notes)
+        if self.nanoseconds is not None:
+            notes = ("times were of another shape and are left out: gtflops.measure_time(profile, device)", *notes)
         return replace(Profile.from_graph(traced.graph, notes, self.versions), _shapes=self._shapes, _sizes=sizes)
 
     # --- files --------------------------------------------------------------------------------------------------
@@ -452,6 +474,7 @@ class Profile:
             "matmul": self.prices[0].tolist(),
             "other": self.prices[1].tolist(),
             "compiled": None if self.compiled is None else self.compiled.to_json(),
+            "nanoseconds": None if self.nanoseconds is None else self.nanoseconds.tolist(),
             "named": self._named_to_json(),
         }
         return {"format": FORMAT, "version": FORMAT_VERSION, "digest": _digest(content), **content}
@@ -509,10 +532,12 @@ class Profile:
             shapes = None
             if (named := data["named"]) is not None:
                 source = Named.from_json(named)
-                of_the_model = tuple(note for note in notes if not note.startswith(f"{source.sizes}: "))
+                of_the_shape = (f"{source.sizes}: ", TIMED)
+                of_the_model = tuple(note for note in notes if not note.startswith(of_the_shape))
                 shapes = Shapes(source, Traced(graph, of_the_model))
             compiled = None if data["compiled"] is None else CompiledStep.from_json(data["compiled"])
-            return cls(graph, prices, unsupported, notes, dict(data["versions"]), compiled, shapes)
+            nanoseconds = None if data["nanoseconds"] is None else times_of_nodes(graph, data["nanoseconds"])
+            return cls(graph, prices, unsupported, notes, dict(data["versions"]), compiled, nanoseconds, shapes)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise SavedFileError(
                 f"{path} is damaged ({type(error).__name__}: {error}); profile the model again"
@@ -568,6 +593,17 @@ def _columns(graph: Graph, matmul: list[int], other: list[int]) -> npt.NDArray[n
     prices = np.array([matmul, other], dtype=np.int64)
     prices.flags.writeable = False
     return prices
+
+
+def times_of_nodes(graph: Graph, nanoseconds: list[int]) -> npt.NDArray[np.int64]:
+    """Times as read-only int64 [nodes] of which no sum overflows. ValueError where they do not fit the graph."""
+    if len(nanoseconds) != len(graph.nodes) or any(type(time) is not int or time < 0 for time in nanoseconds):
+        raise ValueError(f"{len(nanoseconds)} times, expected a number of nanoseconds for each node")
+    if sum(nanoseconds) > np.iinfo(np.int64).max:
+        raise ValueError(f"a step of {sum(nanoseconds)} nanoseconds, more than 64 bits can hold")
+    times = np.array(nanoseconds, dtype=np.int64)
+    times.flags.writeable = False
+    return times
 
 
 def _checked(ops: Ops) -> Ops:

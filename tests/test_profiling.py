@@ -173,7 +173,7 @@ def test_a_truncated_file(saved: Path) -> None:
 def test_another_version(saved: Path) -> None:
     data = json.loads(saved.read_text())
     saved.write_text(json.dumps({**data, "version": 99, "versions": []}))
-    with pytest.raises(gtflops.SavedFileError, match="version 99 of the profile format, this gtflops reads version 2"):
+    with pytest.raises(gtflops.SavedFileError, match="version 99 of the profile format, this gtflops reads version 3"):
         Profile.load(saved)
 
 
