@@ -107,7 +107,7 @@ def frontier(
     >>> profile = gtflops.profile(model, torch.ones(7, 3), loss=lambda y, x: y.sum())
     >>> curve = gtflops.frontier(profile, {"2.bias": 1.0, "2.weight": 2.0, "0.bias": 1.0, "0.weight": 4.0}, budgets=4)
     >>> [selection.value for selection in curve]
-    [1.0, 3.0, 7.0, 8.0]
+    [1.0, 3.0, 4.0, 8.0]
     >>> curve.selection(1.0).names
     ('2.bias', '2.weight', '0.bias', '0.weight')
     """

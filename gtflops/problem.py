@@ -267,9 +267,9 @@ def _matching(names: Sequence[str], argument: str, patterns: Patterns) -> npt.ND
             raise InputError(f"{argument} has {pattern!r}, expected patterns of names such as '*.bias'")
         matches = np.array([fnmatchcase(name, pattern) for name in names], dtype=np.bool_)
         if not matches.any():
-            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
             raise InputError(
-                f"no tensor matches {argument}={pattern!r}; nearest names: {', '.join(close) or 'none'}; expected a "
+                f"no tensor matches {argument}={pattern!r}; nearest names: {', '.join(close)}; expected a "
                 "name, or a pattern with * for any characters"
             )
         matched |= matches
