@@ -64,23 +64,14 @@ class Frontier:
         return selection_of(self.problem, limit, self.problem.solve(limit))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: the names of all tensors once, and of each point its budget and the positions it trains."""
-        unit = "budget_flops" if self.problem.cost == "flops" else "budget_nanoseconds"
-        return {
-            "names": list(self.problem.profile.names),
-            "full_flops": self.problem.profile.full_flops,
-            "points": [
-                {
-                    unit: int(self.budgets[index]),
-                    "flops": int(self.flops[index]),
-                    "value": float(self.value[index]),
-                    "upper_bound": float(self.upper_bound[index]),
-                    "optimal": bool(self.optimal[index]),
-                    "trains": np.flatnonzero(self.masks[index]).tolist(),
-                }
-                for index in range(len(self))
-            ],
-        }
+        """Plain data: the names of all tensors once, and of each point the positions it trains instead."""
+        points = []
+        for selection, mask in zip(self, self.masks, strict=True):
+            point = selection.to_json()
+            del point["names"], point["full_flops"]
+            points.append({**point, "trains": np.flatnonzero(mask).tolist()})
+        profile = self.problem.profile
+        return {"names": list(profile.names), "full_flops": profile.full_flops, "points": points}
 
 
 def frontier(
