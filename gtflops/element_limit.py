@@ -8,7 +8,7 @@ from itertools import count
 import numpy as np
 import numpy.typing as npt
 
-from gtflops.forms import Form, Items, Solution
+from gtflops.forms import Form, Items, Solution, fill
 
 #: Subproblems after which the search ends with what it has, and a bound.
 MAX_SUBPROBLEMS = 100
@@ -23,7 +23,7 @@ class _Subproblem:
     form: Form
     chosen: Items
     open: Items
-    room: int
+    room: float
 
 
 def solve_limited(
@@ -31,7 +31,7 @@ def solve_limited(
     worth: npt.NDArray[np.float64],
     elements: npt.NDArray[np.int64],
     limit: int,
-    max_elements: int,
+    max_elements: float,
 ) -> Solution:
     """The items of most worth whose step costs at most ``limit`` and that hold at most ``max_elements``.
 
@@ -54,7 +54,8 @@ def solve_limited(
         inherited, _, problem = heapq.heappop(queue)
         bound, below, above = _relax(problem, worth, elements, limit, tolerance)
         bound = min(bound, -inherited)
-        filled = _fill(problem, problem.chosen | below, worth, elements, limit)
+        room = problem.room - int(elements[below].sum())
+        filled = problem.chosen | fill(problem.form, below, np.where(problem.open, worth, 0.0), elements, limit, room)
         if (filled_value := math.fsum(worth[filled])) > value:
             best, value = filled, filled_value
         if bound <= value + tolerance:
@@ -91,7 +92,7 @@ def _relax(
     fits = problem.open & (elements <= problem.room)
     worth_open = np.where(fits, worth, 0.0)
 
-    def line(items: Items) -> tuple[float, int]:
+    def line(items: Items) -> tuple[float, float]:
         """Worth, and elements that are free, of a selection: its worth at a price is the first plus price x second."""
         return math.fsum(worth_open[items]), problem.room - int(elements[items].sum())
 
@@ -114,19 +115,3 @@ def _relax(
             below = at_price.mask
         else:
             above = at_price.mask
-
-
-def _fill(
-    problem: _Subproblem, items: Items, worth: npt.NDArray[np.float64], elements: npt.NDArray[np.int64], limit: int
-) -> Items:
-    """``items``, and of the open ones, by worth, each that still fits."""
-    filled = items.copy()
-    room = problem.room - int(elements[items & ~problem.chosen].sum())
-    for item in np.flatnonzero(problem.open & ~items)[np.argsort(-worth[problem.open & ~items], kind="stable")]:
-        if elements[item] <= room:
-            filled[item] = True
-            if problem.form.total(filled) <= limit:
-                room -= int(elements[item])
-            else:
-                filled[item] = False
-    return filled

@@ -159,3 +159,24 @@ class GraphForm:
         for item, segments in zip(item_of, self.item_segments, strict=True):
             rows[item].update(segments)
         return replace(self, item_segments=tuple(tuple(sorted(row)) for row in rows), chain=self.chain.merged(item_of))
+
+
+def fill(
+    form: Form,
+    items: Items,
+    worth: npt.NDArray[np.float64],
+    elements: npt.NDArray[np.int64],
+    limit: int,
+    room: float,
+) -> Items:
+    """``items`` and, by worth, each other of positive worth that fits the limit and the elements still free."""
+    filled = items.copy()
+    by_worth = np.argsort(-worth, kind="stable")
+    for item in by_worth[(worth > 0)[by_worth] & ~items[by_worth]]:
+        if elements[item] <= room:
+            filled[item] = True
+            if form.total(filled) <= limit:
+                room -= int(elements[item])
+            else:
+                filled[item] = False
+    return filled

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from gtflops.element_limit import ROUNDING, solve_limited
 from gtflops.errors import InfeasibleBudgetError, InputError
-from gtflops.forms import CostName, Form, FormName, GraphForm, Solution
+from gtflops.forms import CostName, Form, FormName, GraphForm, Solution, fill
 from gtflops.profiling import Profile
 from gtflops.units import format_flops, format_seconds
 
@@ -95,12 +95,16 @@ class Problem:
             raise self._infeasible(limit)
         best = (
             self.form.solve(self.worth, limit)
-            if self._room is None
+            if self.max_elements is None
             else solve_limited(self.form, self.worth, self._elements, limit, self._room)
         )
-        if not best.mask.any() and not self._forced_train:
+        chosen = best.mask
+        if not best.optimal:
+            room = self._room - int(self._elements[chosen].sum())
+            chosen = fill(self.form, chosen, self.worth, self._elements, limit, room)
+        if not chosen.any() and not self._forced_train:
             raise self._infeasible(limit)
-        mask = self.forced | best.mask[self.item_of]
+        mask = self.forced | chosen[self.item_of]
         cost = exact_form(self.profile, self.cost).total(mask)
         if cost > limit:
             raise AssertionError(f"a selection of {cost} exceeds its limit of {limit} ({self.cost})")
@@ -116,10 +120,7 @@ class Problem:
         """The smallest limit that a selection fits."""
         if self._forced_train:
             return self.form.base
-        candidates = self.worth > 0
-        if self._room is not None:
-            candidates &= self._elements <= self._room
-        return int(self.form.alone()[candidates].min())
+        return int(self.form.alone()[(self.worth > 0) & (self._elements <= self._room)].min())
 
     @cached_property
     def full(self) -> int:
@@ -134,9 +135,11 @@ class Problem:
         return elements
 
     @cached_property
-    def _room(self) -> int | None:
-        """How many elements may be trained besides those that must."""
-        return None if self.max_elements is None else self.max_elements - int(_numel(self.profile)[self.forced].sum())
+    def _room(self) -> float:
+        """How many elements may be trained besides those that must: an integer, or infinity without a limit."""
+        if self.max_elements is None:
+            return math.inf
+        return self.max_elements - int(_numel(self.profile)[self.forced].sum())
 
     @cached_property
     def _forced_train(self) -> bool:
@@ -153,11 +156,10 @@ class Problem:
             return
         if type(self.max_elements) is not int or self.max_elements <= 0:
             raise InputError(f"max_elements is {self.max_elements!r}, expected a positive integer")
-        assert self._room is not None
-        forced = self.max_elements - self._room
         if self._room < 0:
             raise InfeasibleBudgetError(
-                f"max_elements={self.max_elements} is less than the {forced} elements of what must train"
+                f"max_elements={self.max_elements} is less than the {self.max_elements - self._room} elements of what "
+                "must train"
             )
         if not self._forced_train and (least := int(self._elements[self.worth > 0].min())) > self._room:
             raise InfeasibleBudgetError(
@@ -177,7 +179,7 @@ class Problem:
             reason = f"leaves too little for any {self.granularity} of positive importance"
             if self.max_elements is not None:
                 reason += f" and at most {self.max_elements} elements"
-        if self.form_name == "chain":
+        if self.form_name == "chain" and limit >= always:
             reason += " in the chain form"
         least = -(-10_000 * self.smallest // full) / 10_000  # rounded up
         if self.cost == "flops":

@@ -168,22 +168,34 @@ def test_the_graph_form_is_never_worse_than_the_chain(model: Callable[[], torch.
 def test_an_unproved_search_falls_back_on_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fits the chain form fits the graph form, and may be better than a search that was cut short."""
     profile = profile_of(Branches)
-    importance = {name: 2.0 if name.startswith("a") else 0.7 for name in profile.names}
-    exact = gtflops.select(profile, importance, 0.8)
-    chain = gtflops.select(profile, importance, 0.8, form="chain")
+    exact_solve = GraphKnapsack.solve
 
     def cut_short(self: GraphKnapsack, worth: Any, capacity: int) -> KnapsackResult:
-        return KnapsackResult(np.zeros(len(worth), dtype=bool), 0.0, 0, exact.value + 0.5, False)
+        bound = exact_solve(self, worth, capacity).upper_bound + 0.5
+        return KnapsackResult(np.zeros(len(worth), dtype=bool), 0.0, 0, bound, False)
+
+    rng, unproved = np.random.default_rng(2), 0
+    for budget in np.linspace(0.6, 0.9, 40).tolist():
+        importance = dict(zip(profile.names, rng.gamma(0.5, 1.0, len(profile.names)).tolist(), strict=True))
+        best = gtflops.select(profile, importance, budget)
+        chain = gtflops.select(profile, importance, budget, form="chain")
+        with monkeypatch.context() as patched:
+            patched.setattr(GraphKnapsack, "solve", cut_short)
+            found = gtflops.select(profile, importance, budget)
+        assert chain.value <= found.value <= best.value < found.upper_bound
+        unproved += not found.optimal
+    assert unproved == 40
 
     monkeypatch.setattr(GraphKnapsack, "solve", cut_short)
-    found = gtflops.select(profile, importance, 0.8)
-    assert found.value == chain.value < exact.value < found.upper_bound
-    assert not found.optimal
+    importance = {name: 2.0 if name.startswith("a") else 0.7 for name in profile.names}
     # Forced tensors cost more in the chain form than in the graph form; the difference must not be spent.
     forced = gtflops.select(profile, importance, 0.8, must_train="a.0.weight")
     assert forced.flops <= 0.8 * profile.full_flops
     assert "a.0.weight" in forced.names
-    assert forced.value <= gtflops.select(profile, importance, 0.8, form="chain", must_train="a.0.weight").value
+    # What still fits is added: the chain form, which charges a.0 for the other branch, has nothing here.
+    alone = profile.step_flops(["a.0.weight"]).total
+    importance = {name: float(name == "a.0.weight") for name in profile.names}
+    assert gtflops.select(profile, importance, budget_flops=alone).names == ("a.0.weight",)
 
 
 # --- a limit on trained elements ------------------------------------------------------------------------------------
