@@ -3,6 +3,8 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 import gtflops
 from branching_models import BATCHES, Attention, Branches, every_mask, profile_of, with_times
 from gtflops import Profile
-from gtflops.solver import GraphKnapsack, KnapsackResult
+from gtflops.forms import Solution
+from gtflops.problem import Problem
 
 
 def random_importance(profile: Profile, seed: int) -> dict[str, float]:
@@ -88,18 +91,15 @@ def test_it_stays_monotone_where_points_are_not_proved(monkeypatch: pytest.Monke
     profile = profile_of(Branches)
     importance = random_importance(profile, 1)
     proved = gtflops.frontier(profile, importance, budgets=12)
-    exact = GraphKnapsack.solve
-    calls = iter(range(10**6))
+    solve, calls = Problem.solve, count()
 
-    def cut_short(self: GraphKnapsack, worth: Any, capacity: int) -> KnapsackResult:
-        best = exact(self, worth, capacity)
+    def cut_short(self: Problem, limit: int) -> Solution:
+        best = solve(self, limit)
         if next(calls) % 2 == 0:
             return best
-        mask = np.zeros(len(worth), dtype=bool)
-        mask[int(np.argmax(np.where(best.mask, worth, 0.0)))] = True
-        return KnapsackResult(mask, float(worth[mask].sum()), 0, best.value + 1.0, False)
+        return replace(solve(self, self.smallest), upper_bound=best.value + 1.0, optimal=False)
 
-    monkeypatch.setattr(GraphKnapsack, "solve", cut_short)
+    monkeypatch.setattr(Problem, "solve", cut_short)
     curve = gtflops.frontier(profile, importance, budgets=12)
     assert (~curve.optimal).any()
     assert (np.diff(curve.value) >= 0).all()

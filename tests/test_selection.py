@@ -187,11 +187,12 @@ def test_an_unproved_search_falls_back_on_the_chain(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(GraphKnapsack, "solve", cut_short)
     importance = {name: 2.0 if name.startswith("a") else 0.7 for name in profile.names}
     # Forced tensors cost more in the chain form than in the graph form; the difference must not be spent.
-    forced = gtflops.select(profile, importance, 0.8, must_train="a.0.weight")
-    assert forced.flops <= 0.8 * profile.full_flops
-    assert "a.0.weight" in forced.names
-    # What still fits is added: the chain form, which charges a.0 for the other branch, has nothing here.
     alone = profile.step_flops(["a.0.weight"]).total
+    for budget_flops in (alone, int(0.8 * profile.full_flops)):
+        forced = gtflops.select(profile, importance, budget_flops=budget_flops, must_train="a.0.weight")
+        assert forced.flops <= budget_flops
+        assert "a.0.weight" in forced.names
+    # What still fits is added: the chain form, which charges a.0 for the other branch, has nothing here.
     importance = {name: float(name == "a.0.weight") for name in profile.names}
     assert gtflops.select(profile, importance, budget_flops=alone).names == ("a.0.weight",)
 
