@@ -65,6 +65,7 @@ class Problem:
             profile.require_prices()
         _require_one_of("form", form, FormName)
         _require_one_of("granularity", granularity, Granularity)
+        max_elements = None if max_elements is None else _positive_integer("max_elements", max_elements)
         whole = exact_form(profile, cost)
         values = _values(profile, importance)
         forced = _matching(profile.names, "must_train", must_train)
@@ -154,8 +155,6 @@ class Problem:
             )
         if self.max_elements is None:
             return
-        if type(self.max_elements) is not int or self.max_elements <= 0:
-            raise InputError(f"max_elements is {self.max_elements!r}, expected a positive integer")
         if self._room < 0:
             raise InfeasibleBudgetError(
                 f"max_elements={self.max_elements} is less than the {self.max_elements - self._room} elements of what "
@@ -221,9 +220,7 @@ def limit_of(
     if budget_flops is not None:
         if cost != "flops":
             raise InputError(f"budget_flops={budget_flops!r} given with cost={cost!r}, expected budget_seconds")
-        if not isinstance(budget_flops, (int, np.integer)) or isinstance(budget_flops, bool) or budget_flops <= 0:
-            raise InputError(f"budget_flops is {budget_flops!r}, expected a positive integer")
-        return int(budget_flops)
+        return _positive_integer("budget_flops", budget_flops)
     if budget_seconds is not None:
         if cost != "time":
             raise InputError(f"budget_seconds={budget_seconds!r} given with cost={cost!r}, expected cost='time'")
@@ -234,6 +231,12 @@ def limit_of(
     if not _is_number(share) or not 0 < share <= 1:
         raise InputError(f"budget is {share!r}, expected a share of a full step in (0, 1]")
     return int(_decimal(share) * full_cost(profile, cost))
+
+
+def _positive_integer(name: str, value: int) -> int:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value <= 0:
+        raise InputError(f"{name} is {value!r}, expected a positive integer")
+    return int(value)
 
 
 def _is_number(value: object) -> bool:

@@ -279,7 +279,9 @@ def test_without_proof_the_bound_on_elements_holds(monkeypatch: pytest.MonkeyPat
 def test_a_limit_on_elements_that_does_not_bind_changes_nothing(profile: Profile) -> None:
     everything = sum(tensor.numel for tensor in profile.tensors)
     free = gtflops.select(profile, uniform(profile), 0.7, form="chain")
-    assert gtflops.select(profile, uniform(profile), 0.7, form="chain", max_elements=everything).names == free.names
+    for limit in (everything, np.int64(everything)):
+        limited = gtflops.select(profile, uniform(profile), 0.7, form="chain", max_elements=limit)
+        assert limited.names == free.names
 
 
 @settings(max_examples=25)
