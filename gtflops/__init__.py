@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gtflops.capture.dispatch import ExecutedFlops
+    from gtflops.curve import Frontier, frontier
     from gtflops.errors import (
         GtflopsError,
         InfeasibleBudgetError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Where each public name lives. They are loaded when first used: the solver and a saved profile need no torch.
 _HOME = {
     "ExecutedFlops": "capture.dispatch",
+    "Frontier": "curve",
     "GreenTrainer": "training",
     "GtflopsError": "errors",
     "InfeasibleBudgetError": "errors",
@@ -36,6 +38,7 @@ _HOME = {
     "TensorCost": "profiling",
     "UnsupportedModelError": "errors",
     "UnsupportedOperatorError": "errors",
+    "frontier": "curve",
     "knapsack": "solver",
     "measure_importance": "importance",
     "measure_time": "timing",
@@ -46,6 +49,7 @@ _HOME = {
 
 __all__ = [
     "ExecutedFlops",
+    "Frontier",
     "GreenTrainer",
     "GtflopsError",
     "InfeasibleBudgetError",
@@ -58,6 +62,7 @@ __all__ = [
     "TensorCost",
     "UnsupportedModelError",
     "UnsupportedOperatorError",
+    "frontier",
     "knapsack",
     "measure_importance",
     "measure_time",

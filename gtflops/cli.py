@@ -44,6 +44,20 @@ class Attention(StrEnum):
     SDPA = "sdpa"
 
 
+class FormOption(StrEnum):
+    """How a selection is charged."""
+
+    GRAPH = "graph"
+    CHAIN = "chain"
+
+
+class GranularityOption(StrEnum):
+    """What is chosen as a whole."""
+
+    TENSOR = "tensor"
+    LAYER = "layer"
+
+
 Model = Annotated[
     str,
     typer.Argument(help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.", show_default=False),
@@ -167,6 +181,21 @@ def select_command(
         ),
     ],
     budget: Budget = 0.5,
+    form: Annotated[
+        FormOption, typer.Option(help="Charge what a step executes, or the chain form's upper bound of it.")
+    ] = FormOption.GRAPH,
+    granularity: Annotated[
+        GranularityOption, typer.Option(help="Choose single tensors, or layers as a whole (for torch.compile).")
+    ] = GranularityOption.TENSOR,
+    must_train: Annotated[
+        list[str] | None, typer.Option(help="Train the tensors of such names in any case, as '*.bias'; repeatable.")
+    ] = None,
+    must_freeze: Annotated[
+        list[str] | None, typer.Option(help="Train no tensors of such names, as 'model.embed*'; repeatable.")
+    ] = None,
+    max_elements: Annotated[
+        int | None, typer.Option(help="Elements that all trained tensors may have together.", min=1)
+    ] = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     decoder_len: DecoderLen = None,
@@ -177,7 +206,7 @@ def select_command(
 ) -> None:
     """Which tensors to train within a budget.
 
-    Example: gtflops select opt.profile.json --importance importance.json --budget 0.5
+    Example: gtflops select opt.profile.json --importance importance.json --budget 0.5 --must-freeze '*embed*'
     """
     from gtflops.report.terminal import selection_table
     from gtflops.selection import select
@@ -186,7 +215,17 @@ def select_command(
     values = (
         {tensor.name: float(tensor.numel) for tensor in costs.tensors} if importance == "numel" else _read(importance)
     )
-    selection = select(costs, values, budget, allow_unsupported=allow_unsupported)
+    selection = select(
+        costs,
+        values,
+        budget,
+        form=form.value,
+        granularity=granularity.value,
+        must_train=must_train or (),
+        must_freeze=must_freeze or (),
+        max_elements=max_elements,
+        allow_unsupported=allow_unsupported,
+    )
     if html is not None:
         _write_html(html, costs, selection)
     if as_json:

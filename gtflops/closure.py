@@ -112,12 +112,21 @@ class Segments:
             always=costs[:, -1].copy(),
         )
 
+    def chain_costs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """What each tensor alone needs, and what it adds to what those before it need: int64 [tensors], twice."""
+        own, shared = np.zeros((2, len(self.gradient_of)), dtype=np.int64)
+        for tensors, cost in zip(self.needed_by, self.costs.sum(axis=0), strict=True):
+            nearest = (tensors & -tensors).bit_length() - 1
+            (own if tensors == 1 << nearest else shared)[nearest] += cost
+        own.flags.writeable = shared.flags.writeable = False
+        return own, shared
+
     def closure_costs(self) -> _core.ClosureCosts:
         """The C++ object that answers queries."""
-        return _core.ClosureCosts(*_csr(self.dependencies), *_csr(self.gradient_of), self.costs)
+        return _core.ClosureCosts(*csr(self.dependencies), *csr(self.gradient_of), self.costs)
 
 
-def _csr(lists: tuple[tuple[int, ...], ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def csr(lists: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Offsets and concatenation of integer lists."""
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     return offsets, np.array([item for items in lists for item in items], dtype=np.int64)

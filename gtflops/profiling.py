@@ -20,6 +20,7 @@ from gtflops.closure import AFTER_FORWARD, Segments, needed_by, saved_bytes
 from gtflops.compiled import CompiledStep
 from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
 from gtflops.files import write_whole
+from gtflops.forms import GraphForm
 from gtflops.graph import GETITEM, Graph, Phase
 from gtflops.operators import Flops, FlopsByOutput, price
 from gtflops.shapes import Shapes, Sizes, Traced
@@ -207,18 +208,7 @@ class Profile:
 
     @cached_property
     def _chain_costs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        segments = self._segments
-        cost = segments.costs.sum(axis=0)
-        t_dw = np.zeros(len(self.names), dtype=np.int64)
-        t_dy = np.zeros(len(self.names), dtype=np.int64)
-        for segment, tensors in enumerate(segments.needed_by):
-            nearest = (tensors & -tensors).bit_length() - 1
-            if tensors == 1 << nearest:
-                t_dw[nearest] += cost[segment]
-            else:
-                t_dy[nearest] += cost[segment]
-        t_dw.flags.writeable = t_dy.flags.writeable = False
-        return t_dw, t_dy
+        return self._segments.chain_costs()
 
     # --- costs --------------------------------------------------------------------------------------------------
 
@@ -234,8 +224,11 @@ class Profile:
 
     @cached_property
     def _forward(self) -> npt.NDArray[np.int64]:
-        forward = np.array([node.phase is Phase.FORWARD for node in self.graph.nodes], dtype=bool)
-        return np.asarray(self.prices[:, forward].sum(axis=1))
+        return np.asarray(self.prices[:, self._in_forward].sum(axis=1))
+
+    @cached_property
+    def _in_forward(self) -> npt.NDArray[np.bool_]:
+        return np.array([node.phase is Phase.FORWARD for node in self.graph.nodes], dtype=np.bool_)
 
     @cached_property
     def needed_by(self) -> list[int]:
@@ -249,6 +242,25 @@ class Profile:
     @cached_property
     def _closure(self) -> _core.ClosureCosts:
         return self._segments.closure_costs()
+
+    @cached_property
+    def flops_form(self) -> GraphForm:
+        """The problem of choosing tensors within a limit of FLOPs, as the solver takes it."""
+        return self._form(self.prices.sum(axis=0))
+
+    @cached_property
+    def time_form(self) -> GraphForm:
+        """The problem of choosing tensors within a limit of nanoseconds. InputError where they were not measured."""
+        if self.nanoseconds is None:
+            raise InputError(
+                f"this profile of {self.graph.model} says nothing about time; expected one with what each operator "
+                "takes on a device: gtflops.measure_time(profile, device)"
+            )
+        return self._form(self.nanoseconds)
+
+    def _form(self, costs: npt.NDArray[np.int64]) -> GraphForm:
+        segments = Segments.of(self.graph, self.names, self.needed_by, np.stack([costs, np.zeros_like(costs)]))
+        return GraphForm.of(int(costs[self._in_forward].sum() + segments.always.sum()), segments)
 
     def step_flops(self, trainable: Trainable, ops: Ops = "all") -> StepFlops:
         """FLOPs of one training step in which exactly ``trainable`` receives gradients.
@@ -537,7 +549,7 @@ class Profile:
                 shapes = Shapes(source, Traced(graph, of_the_model))
             compiled = None if data["compiled"] is None else CompiledStep.from_json(data["compiled"])
             nanoseconds = None if data["nanoseconds"] is None else times_of_nodes(graph, data["nanoseconds"])
-            return cls(graph, prices, unsupported, notes, dict(data["versions"]), compiled, nanoseconds, shapes)
+            return cls(graph, prices, unsupported, notes, dict(data["versions"]), compiled, nanoseconds, _shapes=shapes)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise SavedFileError(
                 f"{path} is damaged ({type(error).__name__}: {error}); profile the model again"

@@ -1,21 +1,17 @@
 """Profile + importance + budget -> Selection: the tensors to train until the next selection."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from gtflops.errors import InfeasibleBudgetError, InputError
+from gtflops.forms import CostName, FormName, Solution
+from gtflops.problem import Granularity, Patterns, Problem, limit_of
 from gtflops.profiling import HasParameters, Profile
-from gtflops.solver import knapsack
 from gtflops.units import format_flops
-
-_LARGEST = float(np.finfo(np.float64).max)
 
 Model = TypeVar("Model", bound=HasParameters)
 
@@ -24,19 +20,21 @@ Model = TypeVar("Model", bound=HasParameters)
 class Selection:
     """The tensors to train, what a step with them costs, and how good the choice is.
 
-    ``mask`` is a bool array aligned with ``profile.tensors``; ``flops`` the exact cost of a step, at most
-    ``budget_flops``; ``value`` the sum of the selected importances, and ``upper_bound`` what no selection of the
-    chain form within the budget exceeds (equal to ``value`` where ``optimal``).
+    ``mask`` is a bool array aligned with ``profile.tensors``; ``flops`` the exact cost of a step. Either
+    ``budget_flops`` or ``budget_seconds`` says what the step may cost, and it costs no more. ``value`` is the sum of
+    the selected importances, and ``upper_bound`` what no selection under the same conditions exceeds (equal to
+    ``value`` where ``optimal``).
     """
 
     profile: Profile
     importance: Mapping[str, float]
     mask: npt.NDArray[np.bool_]
-    budget_flops: int
+    budget_flops: int | None
     flops: int
     value: float
     upper_bound: float
     optimal: bool
+    budget_seconds: float | None = None
 
     def __repr__(self) -> str:
         share = self.flops / self.profile.full_flops
@@ -50,9 +48,15 @@ class Selection:
         return tuple(name for name, selected in zip(self.profile.names, self.mask, strict=True) if selected)
 
     @property
+    def seconds(self) -> float | None:
+        """What a step takes by the measured times of its operators; ``None`` for a profile without."""
+        return None if self.profile.nanoseconds is None else self.profile.time_form.total(self.mask) / 1e9
+
+    @property
     def importance_captured(self) -> float:
-        """Share of all positive importance that the selected tensors hold."""
-        return self.value / math.fsum(value for value in self.importance.values() if value > 0)
+        """Share of all positive importance that the selected tensors hold; 0 where there is none."""
+        positive = math.fsum(value for value in self.importance.values() if value > 0)
+        return self.value / positive if positive else 0.0
 
     def apply(self, model: Model) -> Model:
         """Let exactly the selected tensors of ``model`` require gradients, and return the model.
@@ -73,8 +77,10 @@ class Selection:
         return {
             "names": list(self.names),
             "budget_flops": self.budget_flops,
+            "budget_seconds": self.budget_seconds,
             "flops": self.flops,
             "full_flops": self.profile.full_flops,
+            "seconds": self.seconds,
             "value": self.value,
             "upper_bound": self.upper_bound,
             "optimal": self.optimal,
@@ -88,103 +94,81 @@ def select(
     budget: float | None = None,
     *,
     budget_flops: int | None = None,
+    budget_seconds: float | None = None,
+    form: FormName = "graph",
+    granularity: Granularity = "tensor",
+    must_train: Patterns = (),
+    must_freeze: Patterns = (),
+    max_elements: int | None = None,
+    cost: CostName = "flops",
     allow_unsupported: bool = False,
 ) -> Selection:
     """Choose the tensors of most importance whose training step fits the budget.
 
-    ``importance`` maps every tensor of the profile to a finite number; tensors without positive importance are
-    never chosen. ``budget`` is a share of ``profile.full_flops`` in (0, 1], 0.5 if nothing is given; or
-    ``budget_flops`` says it in FLOPs. Solves the chain form (weight gradients of the chosen, activation gradients down
-    to the deepest) to proven optimality, and re-sums the exact cost of what it chose. Where the chain form, which is
-    an upper bound of the exact cost, fits nothing, the best single tensor that fits exactly is chosen.
+    Args:
+        profile: what a step costs, for every choice of tensors.
+        importance: a finite number for every tensor of the profile. What has none above 0 is not chosen.
+        budget: what a step may cost, as a share of a full step in (0, 1]; 0.5 if no budget is given.
+        budget_flops: the same in FLOPs, instead.
+        budget_seconds: the same in seconds, instead, with ``cost="time"``.
+        form: ``"graph"``, where a step costs what it executes, or ``"chain"``, the published form: the weight gradients
+            of the chosen tensors and the activation gradients of all down to the deepest. The second is an upper bound
+            of the first, so that it fits the budget too, with at most as much importance.
+        granularity: ``"tensor"``, or ``"layer"`` to train all tensors of a layer or none, so that ``torch.compile``
+            sees few variants of it. A layer is the outermost module around a tensor whose name is a number, such as
+            ``model.layers.3``; outside of those, the largest module around it without such modules in it, such as
+            ``lm_head``, or else the module that holds it. The layer of a tensor with several names is that of the name
+            in the profile. A layer is worth the sum of its tensors' importances, negative ones included.
+        must_train: patterns (as of :mod:`fnmatch`, such as ``"lm_head.*"``) of names of tensors that are trained in
+            any case; their cost comes first, and their importance counts whatever it is.
+        must_freeze: patterns of names of tensors that are not trained. With ``granularity="layer"``, tensors that must
+            train or freeze stand for themselves, and the rest of their layer goes together.
+        max_elements: a limit on the number of elements of all trained tensors, which is what the memory of an
+            optimizer is proportional to. With it, the proof may be missing: see ``optimal`` and ``upper_bound``.
+        cost: ``"flops"``, or ``"time"`` for a profile with the time of each operator (``gtflops.measure_time``).
+        allow_unsupported: count operators without a price as free, instead of refusing them.
 
-    Raises InputError for importances or budgets that do not fit, UnsupportedOperatorError where an operator has no
-    price (``allow_unsupported=True`` counts it as free), InfeasibleBudgetError where no selection fits.
+    Raises:
+        InputError: an argument is not as above, a pattern matches nothing or both patterns match a tensor, or nothing
+            would be trained.
+        UnsupportedOperatorError: an operator has no price.
+        InfeasibleBudgetError: no selection fits; the message names the smallest budget that one fits.
 
     >>> import gtflops
     >>> profile = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)
-    >>> selection = gtflops.select(profile, {tensor.name: tensor.numel for tensor in profile.tensors}, budget=0.6)
+    >>> importance = {tensor.name: tensor.numel for tensor in profile.tensors}
+    >>> selection = gtflops.select(profile, importance, budget=0.6)
     >>> selection.optimal, selection.flops <= 0.6 * profile.full_flops
     (True, True)
+    >>> few = gtflops.select(profile, importance, budget=0.6, must_train="*.11.*", max_elements=20_000_000)
+    >>> sum(tensor.numel for tensor, chosen in zip(profile.tensors, few.mask) if chosen) <= 20_000_000
+    True
     """
-    if not allow_unsupported:
-        profile.require_prices()
-    limit = budget_in_flops(profile, budget, budget_flops)
-    values = _values(profile, importance)
-    _require_feasible(profile, values, limit)
-    solution = knapsack(profile.t_dw, profile.t_dy, values, max(0, limit - profile.step_flops("none").total))
-    mask, value, upper_bound, optimal = solution.mask, solution.value, solution.upper_bound, solution.optimal
-    if not mask.any():
-        best = int(np.where(profile.alone_flops <= limit, values, 0).argmax())
-        mask = np.arange(len(values)) == best
-        value, upper_bound, optimal = float(values[best]), float(values[values > 0].sum()), False
-    flops = profile.step_flops(mask).total
-    if flops > limit:  # the chain form is an upper bound of the exact cost
-        raise AssertionError(f"selection of {flops} FLOPs exceeds its budget of {limit}")
-    return Selection(profile, dict(importance), mask, limit, flops, value, upper_bound, optimal)
-
-
-def budget_in_flops(profile: Profile, budget: float | None, budget_flops: int | None = None) -> int:
-    """What a step may cost, from a share of a full step (0.5 without either) or as given. InputError if it is none."""
-    if budget is not None and budget_flops is not None:
-        raise InputError(f"both budget={budget!r} and budget_flops={budget_flops!r} are given, expected one of them")
-    if budget_flops is not None:
-        if not isinstance(budget_flops, (int, np.integer)) or isinstance(budget_flops, bool) or budget_flops <= 0:
-            raise InputError(f"budget_flops is {budget_flops!r}, expected a positive integer")
-        return int(budget_flops)
-    share = 0.5 if budget is None else budget
-    if isinstance(share, bool) or not isinstance(share, (int, float, np.floating)) or not 0 < share <= 1:
-        raise InputError(f"budget is {share!r}, expected a share of a full step in (0, 1]")
-    return int(Fraction(repr(float(share))) * profile.full_flops)  # 0.6 means 6/10
-
-
-def _values(profile: Profile, importance: Mapping[str, float]) -> npt.NDArray[np.float64]:
-    """Importances aligned with ``profile.tensors``; 0 for tensors that the loss does not depend on."""
-    missing = [name for name in profile.names if name not in importance]
-    known = set(profile.names)
-    unknown = [name for name in importance if name not in known]
-    if missing or unknown:
-        parts = []
-        if missing:
-            parts.append(f"lacks {len(missing)} of {len(profile.names)} tensors, first {missing[0]!r}")
-        if unknown:
-            close = difflib.get_close_matches(str(unknown[0]), profile.names, n=1, cutoff=0.3)
-            nearest = f" (nearest: {close[0]!r})" if close else ""
-            parts.append(f"has {len(unknown)} names that the profile does not, first {unknown[0]!r}{nearest}")
-        raise InputError(f"importance {' and '.join(parts)}; expected one number for each tensor of the profile")
-    for name in profile.names:
-        value = importance[name]
-        if not isinstance(value, (int, float, np.integer, np.floating)) or not abs(value) <= _LARGEST:
-            raise InputError(f"importance of {name!r} is {value!r}, expected a finite number")
-    return np.array(
-        [float(importance[tensor.name]) if tensor.has_gradient else 0.0 for tensor in profile.tensors],
-        dtype=np.float64,
+    problem = Problem.of(
+        profile,
+        importance,
+        form=form,
+        granularity=granularity,
+        must_train=must_train,
+        must_freeze=must_freeze,
+        max_elements=max_elements,
+        cost=cost,
+        allow_unsupported=allow_unsupported,
     )
+    limit = limit_of(profile, cost, budget, budget_flops, budget_seconds)
+    return selection_of(problem, limit, problem.solve(limit))
 
 
-_RUNS_ALWAYS = "what runs whatever is trained, input gradients included (model.disable_input_require_grads() ends them)"
-
-
-def _require_feasible(profile: Profile, values: npt.NDArray[np.float64], limit: int) -> None:
-    if not (values > 0).any():
-        raise InputError(
-            "no tensor has a positive importance, so the selection would be empty and nothing would be trained; "
-            "expected at least one"
-        )
-    smallest = int(profile.alone_flops[values > 0].min())
-    if limit >= smallest:
-        return
-    full = profile.full_flops
-    floor = profile.step_flops("none")
-    share = limit / full
-    least = -(-10_000 * smallest // full) / 10_000  # rounded up
-    reason = (
-        f"is below {_RUNS_ALWAYS if floor.backward else 'the forward pass alone'} "
-        f"({floor.total / full:.4f} of a full step)"
-        if limit < floor.total
-        else "leaves too little for any tensor of positive importance"
-    )
-    raise InfeasibleBudgetError(
-        f"budget {share:.4f} ({format_flops(limit)}) {reason}; the smallest feasible budget for this model and batch "
-        f"is {least:.4f} (budget_flops={smallest})"
+def selection_of(problem: Problem, limit: int, solution: Solution) -> Selection:
+    """The record of a solution within a limit."""
+    return Selection(
+        profile=problem.profile,
+        importance=problem.importance,
+        mask=solution.mask,
+        budget_flops=limit if problem.cost == "flops" else None,
+        flops=problem.profile.step_flops(solution.mask).total,
+        value=solution.value,
+        upper_bound=solution.upper_bound,
+        optimal=solution.optimal,
+        budget_seconds=limit / 1e9 if problem.cost == "time" else None,
     )

@@ -106,6 +106,32 @@ def test_select(saved: Path, tmp_path: Path) -> None:
     assert "a stand-in and no measurement" in run("select", saved, "--importance", "numel", "--budget", "0.6").stdout
 
 
+def test_select_under_conditions(saved: Path) -> None:
+    profile = gtflops.Profile.load(saved)
+    importance = {tensor.name: float(tensor.numel) for tensor in profile.tensors}
+    command = ["select", saved, "--importance", "numel", "--budget", "0.8", "--json"]
+    arguments = ["--form", "chain", "--must-train", "*.ln_f.*", "--must-train", "*.h.11.*.bias"]
+    arguments += ["--must-freeze", "*.wte.*", "--max-elements", "30000000"]
+    by_command = json.loads(run(*command, *arguments).stdout)
+    assert (
+        by_command
+        == gtflops.select(
+            profile,
+            importance,
+            0.8,
+            form="chain",
+            must_train=["*.ln_f.*", "*.h.11.*.bias"],
+            must_freeze="*.wte.*",
+            max_elements=30_000_000,
+        ).to_json()
+    )
+    assert "transformer.h.11.attn.c_attn.bias" in by_command["names"]
+    layers = json.loads(run(*command, "--granularity", "layer").stdout)
+    assert layers == gtflops.select(profile, importance, 0.8, granularity="layer").to_json()
+    assert 0 < len(layers["names"]) < len(profile.names)
+    assert {name.split(".")[2] for name in layers["names"] if ".h." in name} < {str(layer) for layer in range(12)}
+
+
 def test_train(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     options = ["--data", pairs, "--budget", "0.7", "--steps", "6", "--every", "3", "--seq-len", "16", "--json"]
     first = json.loads(run("train", tiny, *options, "--save", tmp_path / "out", "--html", tmp_path / "run.html").stdout)
@@ -178,6 +204,10 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["select", "SAVED", "--importance", "numel", "--budget", "0.1"], "the smallest feasible budget"),
         (["select", "SAVED", "--importance", "numel", "--budget", "2"], "expected a share of a full step"),
         (["select", "SAVED", "--importance", "SAVED"], "lacks"),
+        (
+            ["select", "SAVED", "--importance", "numel", "--must-train", "lm_hed"],
+            "no tensor matches must_train='lm_hed'",
+        ),
         (["select", "SAVED", "--importance", "absent.json"], "cannot read importances from absent.json"),
         (["train", "absent-model"], "cannot load 'absent-model'"),
         (["train", "absent-model", "--html", "run.txt"], "run.txt does not end in .html"),

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from markdown_it import MarkdownIt
@@ -25,6 +26,7 @@ from gtflops.report.summary import evenly, summarise, visible
 from gtflops.report.terminal import profile_tables, selection_table
 from gtflops.selection import Selection, select
 from gtflops.training.loop import TrainingLog
+from gtflops.units import format_seconds
 from zoo import ZOO
 
 HOSTILE = (
@@ -541,3 +543,20 @@ def test_recomputation_has_a_part_of_its_own(tmp_path: Path, suffix: str) -> Non
     else:
         assert f"{recompute:,}" in text
         assert "Recomputed forward" in text
+
+
+@pytest.mark.parametrize("suffix", [".html", ".md"])
+def test_a_budget_of_time(profile: Profile, tmp_path: Path, suffix: str) -> None:
+    """Says seconds, and both costs; the bar of FLOPs has no mark for a budget of time."""
+    timed = replace(profile, nanoseconds=np.arange(len(profile.graph.nodes), dtype=np.int64) * 1000)
+    importance = {tensor.name: tensor.numel for tensor in profile.tensors}
+    chosen = select(timed, importance, 0.9, cost="time")
+    write(tmp_path / f"time{suffix}", timed, chosen)
+    text = (tmp_path / f"time{suffix}").read_text()
+    assert chosen.seconds is not None
+    assert chosen.budget_seconds is not None
+    assert f"{format_seconds(chosen.budget_seconds)} a step" in text
+    assert "Measured time of a step" in text
+    assert format_seconds(chosen.seconds) in text
+    assert f"{chosen.flops:,} FLOP" in text
+    assert "swatch mark" not in text

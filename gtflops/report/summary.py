@@ -149,12 +149,14 @@ class SelectionSummary:
     numel: int
     all_numel: int
     deepest: str | None
-    budget_flops: int
+    budget_flops: int | None
+    budget_seconds: float | None
     full_flops: int
     forward_flops: int
     dy_flops: int
     dw_flops: int
     flops: int
+    seconds: float | None
     value: float
     upper_bound: float
     optimal: bool
@@ -162,15 +164,22 @@ class SelectionSummary:
 
     def facts(self) -> tuple[tuple[str, str], ...]:
         """Labels and values, as every renderer prints them."""
+        if self.budget_flops is not None:
+            budget = f"{self.budget_flops / self.full_flops:.2%} of a full step, {format_flops(self.budget_flops)}"
+        else:
+            assert self.budget_seconds is not None
+            budget = f"{format_seconds(self.budget_seconds)} a step"
+        measured = () if self.seconds is None else (("Measured time of a step", format_seconds(self.seconds)),)
         return (
-            ("Budget", f"{self.budget_flops / self.full_flops:.2%} of a full step, {format_flops(self.budget_flops)}"),
+            ("Budget", budget),
             ("Exact cost of a step", f"{self.flops:,} FLOP, {self.flops / self.full_flops:.2%} of a full step"),
+            *measured,
             ("Tensors trained", f"{self.tensors:,} of {self.all_tensors:,}"),
             ("Parameters trained", f"{self.numel:,} of {self.all_numel:,} ({self.numel / self.all_numel:.1%})"),
             ("Deepest trained tensor", "none" if self.deepest is None else visible(self.deepest)),
             ("Importance selected", f"{self.value:.6g}"),
             ("Importance captured", f"{self.importance_captured:.2%} of all positive importance"),
-            ("Upper bound", f"{self.upper_bound:.6g}, for any selection of the chain form within the budget"),
+            ("Upper bound", f"{self.upper_bound:.6g}, for any selection under these conditions"),
             ("Optimal", "yes, proven" if self.optimal else "not proven; the upper bound says how much may be missing"),
         )
 
@@ -478,11 +487,13 @@ def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
         all_numel=sum(tensor.numel for tensor in profile.tensors),
         deepest=chosen[-1].name if chosen else None,
         budget_flops=selection.budget_flops,
+        budget_seconds=selection.budget_seconds,
         full_flops=profile.full_flops,
         forward_flops=profile.forward_flops,
         dy_flops=selection.flops - profile.forward_flops - dw,
         dw_flops=dw,
         flops=selection.flops,
+        seconds=selection.seconds,
         value=selection.value,
         upper_bound=selection.upper_bound,
         optimal=selection.optimal,

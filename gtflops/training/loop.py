@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from gtflops.capture import ExecutedFlops, Loss, batch_types, call_model, loss_of
 from gtflops.errors import GtflopsError, InputError
 from gtflops.importance import measure_importance
+from gtflops.problem import limit_of
 from gtflops.profiling import Profile, profile
-from gtflops.selection import Selection, budget_in_flops, select
+from gtflops.selection import Selection, select
 
 
 class Scheduler(Protocol):
@@ -126,7 +127,7 @@ class GreenTrainer:
         if not allow_unsupported:
             self.profile.require_prices()
         if budget is not None:
-            budget_in_flops(self.profile, budget)
+            limit_of(self.profile, budget=budget)
         self.candidates = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
         if not self.candidates:
             raise InputError("every tensor of the model is frozen, so there is nothing to select from; thaw some first")
