@@ -96,9 +96,7 @@ class Split {
             graph.dependencies.push_back(renumbered(needs_[s], number));
         }
         std::vector<Indices> members(leader_.size());
-        for (Index tensor = 0; tensor < leader_.size(); ++tensor) {
-            if (!row(tensor_segments_, tensor).empty()) members[find(tensor)].push_back(tensor);
-        }
+        for (Index tensor = 0; tensor < leader_.size(); ++tensor) members[find(tensor)].push_back(tensor);
         std::vector<std::vector<Plan::Piece>> pieces = pieces_of(members);
         for (Index leader = 0; leader < leader_.size(); ++leader) {
             if (members[leader].empty()) continue;
