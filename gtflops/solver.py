@@ -59,12 +59,13 @@ def knapsack(
         importance: what each tensor is worth: n finite numbers. A tensor with 0 or less is never selected.
         capacity: FLOPs that the selection may cost, 0 or more.
         max_states: the limit on the search, in recorded partial selections; 20 million take up to about
-            0.9 GB and some seconds. Instances from models need thousands.
+            1.2 GB and some seconds. Instances from models need thousands.
 
     Returns:
         The selection. With no tensors, or where not one fits (a capacity below ``dy[0]``, for example), it is
-        empty, worth 0 and costs 0. Where several selections are best, the same one is returned on every run
-        and every machine; which of them it is, is not specified.
+        empty, worth 0 and costs 0. Of several best selections, always the same one: the first that the search
+        finds, which goes through depths by their bound, then from the loss downwards, and through tensors by
+        importance per FLOP, then larger cost first, then in backward order.
 
     Raises:
         InputError: an argument is not as above, or ``sum(dw) + sum(dy)`` does not fit int64, or the sum of

@@ -17,7 +17,7 @@ using Indices = std::vector<Index>;
 
 // ------------------------------------------------------------------------------ what tensors have in common
 
-/// Up to `Plan::kMaxGroup` tensors, ascending; or just that there are more.
+/// Up to `Plan::kMaxGroup` tensors, or just that there are more.
 class FewTensors {
   public:
     void insert(Index tensor) {
@@ -338,7 +338,7 @@ class BlockPlanner {
 
     const Entry& plan(const Set& undecided) {
         if (const auto known = planned_.find(undecided); known != planned_.end()) return known->second;
-        Entry entry = spend(undecided.size() * 16) ? decided(undecided) : left_open(undecided);
+        Entry entry = spend(undecided.size() * 64) ? decided(undecided) : left_open(undecided);
         return planned_.emplace(undecided, std::move(entry)).first->second;
     }
 
@@ -505,8 +505,7 @@ std::vector<bool> find_cuts(const SharedGraph& graph) {
     };
     std::vector<std::size_t> first_dependent(size, size);
     for (std::size_t s = 0; s < size; ++s) {
-        // Dependencies ascend: a segment needs all that lie before it if it needs the one before it, and so
-        // on.
+        // Between a segment and the last one that it needs, nothing is needed by it.
         cross(graph.dependencies[s].empty() ? 0 : graph.dependencies[s].back() + std::size_t{1}, s);
         for (const Index needed : graph.dependencies[s]) {
             first_dependent[needed] = std::min(first_dependent[needed], s);
@@ -525,7 +524,7 @@ std::vector<bool> find_cuts(const SharedGraph& graph) {
 }  // namespace
 
 Plan plan_graph(IndexRows dependencies, IndexRows tensor_segments, std::span<const std::int64_t> costs) {
-    constexpr std::size_t kMaxWork = 200'000'000;  // some tenths of a second
+    constexpr std::size_t kMaxWork = 50'000'000;  // under a second
     Plan plan;
     const SharedGraph graph = Split(dependencies, tensor_segments, costs).into(plan);
     const std::vector<bool> cuts = find_cuts(graph);

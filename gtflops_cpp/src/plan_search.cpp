@@ -425,6 +425,7 @@ class CoreSearch {
     CoreSearch(const Instance& instance, std::size_t max_states, Patience& patience)
         : instance_(instance),
           states_left_(std::min<std::size_t>(max_states, kRoot)),  // nodes are 32 bits
+          merges_left_(states_left_ * kMergesPerState),
           patience_(patience) {}
 
     /// Raises the incumbent, at least the greedy choice, to the best of this knapsack if that is better.
@@ -446,11 +447,13 @@ class CoreSearch {
         bool completed = true;
         for (bool adding = true; !states_.empty() && (can_add() || can_remove()); adding = !adding) {
             if (adding ? !can_add() : !can_remove()) continue;
-            if (states_.size() > states_left_) {
+            const std::uint32_t group = knapsack.group(adding ? add_ : remove_end_ - 1);
+            const std::size_t growth = states_.size() * (instance_.options_of(group).size() - 1);
+            if (growth > states_left_ || growth > merges_left_) {
                 completed = false;
                 break;
             }
-            const std::uint32_t group = knapsack.group(adding ? add_ : remove_end_ - 1);
+            merges_left_ -= growth;
             in_core_[group] = true;
             move_to_open_steps();
             grow(group);
@@ -476,6 +479,8 @@ class CoreSearch {
         std::uint32_t option;
     };
     static constexpr std::uint32_t kRoot = std::numeric_limits<std::uint32_t>::max();
+    /// States that are looked at again and again without new ones to record take time, too.
+    static constexpr std::size_t kMergesPerState = 16;
 
     bool can_add() const { return add_ < knapsack_->ranks.size(); }
     bool can_remove() const { return remove_end_ > 0; }
@@ -602,6 +607,7 @@ class CoreSearch {
 
     const Instance& instance_;
     std::size_t states_left_;
+    std::size_t merges_left_;
     Patience& patience_;
     const Knapsack* knapsack_ = nullptr;
     std::vector<bool> in_core_;   // by group

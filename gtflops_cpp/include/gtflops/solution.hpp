@@ -9,8 +9,9 @@
 namespace gtflops {
 
 struct SolveOptions {
-    /// How many partial selections may be recorded in one solve: the limit on memory (up to about 45 bytes
-    /// each) and on time. Instances from models need a few thousand.
+    /// How many partial selections may be recorded in one solve: the limit on memory (up to about 60 bytes
+    /// each), and, as each may be looked at 16 times on average, on time. Instances from models need a few
+    /// thousand.
     std::size_t max_states = 20'000'000;
 
     /// Asked every few milliseconds; true ends the solve with `Interrupted`.
