@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 import gtflops
 from gtflops.capture.architectures import presets
-from gtflops.selection import budget_in_flops
 from gtflops.solver import GraphKnapsack
 from measure_importances import MEASURED
 
@@ -109,7 +108,7 @@ def real(model: str, importance: str, budget: float) -> Problem:
         profile.t_dw,
         profile.t_dy,
         IMPORTANCES[importance](profile, np.random.default_rng(1)),
-        budget_in_flops(profile, budget) - graph.floor,
+        int(budget * profile.full_flops) - graph.floor,
         graph,
     )
 
