@@ -144,6 +144,21 @@ def test_hard_families_agree_with_highs_and_the_plain_dp(family: str) -> None:
     assert_agrees_with_highs(result, highs_chain(dw, dy, importance, capacity, seconds=10.0), importance)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_equal_densities_of_six_costs_equal_the_table_of_reachable_sums(seed: int) -> None:
+    """No bound tells the selections apart, and all their costs are too many for one list: two meet in the middle."""
+    rng = np.random.default_rng(seed)
+    dw = rng.choice(rng.integers(1, 10**6, size=6), size=100)
+    capacity = int(dw.sum() * rng.uniform(0.3, 0.7))
+    reachable = 1  # bit c: some tensors cost c
+    for cost in dw.tolist():
+        reachable |= reachable << cost
+    best = (reachable & ((1 << (capacity + 1)) - 1)).bit_length() - 1
+    result = knapsack(dw, np.zeros_like(dw), dw, capacity)
+    assert result.optimal
+    assert result.value == result.cost == dw[result.mask].sum() == best
+
+
 def test_when_the_states_run_out_the_answer_is_feasible_and_bounded() -> None:
     dw = np.random.default_rng(3).integers(1, 10**11, 60)
     capacity = int(dw.sum()) // 2

@@ -436,7 +436,7 @@ class CoreSearch {
             return incumbent.value;  // greedily, all were taken
         knapsack_ = &knapsack;
         best_ = incumbent.value;
-        best_node_ = kRoot;
+        best_node_ = best_other_node_ = kRoot;
         changes_.clear();
         in_core_.assign(instance_.plan.groups.size(), false);
         states_.assign(1, {knapsack.break_weight, knapsack.break_value, kRoot});
@@ -445,8 +445,13 @@ class CoreSearch {
         move_to_open_steps();
 
         bool completed = true;
+        std::size_t halve_at = kHalveAt;
         for (bool adding = true; !states_.empty() && (can_add() || can_remove()); adding = !adding) {
             if (adding ? !can_add() : !can_remove()) continue;
+            if (states_.size() >= halve_at) {
+                if (meet_in_the_middle()) break;
+                halve_at = 4 * states_.size();
+            }
             const std::uint32_t group = knapsack.group(adding ? add_ : remove_end_ - 1);
             const std::size_t growth = states_.size() * (instance_.options_of(group).size() - 1);
             if (growth > states_left_ || growth > merges_left_) {
@@ -458,7 +463,7 @@ class CoreSearch {
             move_to_open_steps();
             grow(group);
         }
-        if (best_node_ != kRoot) incumbent = {best_, choice(best_node_)};
+        if (best_ > incumbent.value) incumbent = {best_, choice()};
         return completed ? best_ : frontier_bound();
     }
 
@@ -480,7 +485,9 @@ class CoreSearch {
     };
     static constexpr std::uint32_t kRoot = std::numeric_limits<std::uint32_t>::max();
     /// States that are looked at again and again without new ones to record take time, too.
-    static constexpr std::size_t kMergesPerState = 16;
+    static constexpr std::size_t kMergesPerState = 4;
+    /// How long a list is when it is first tried to leave the rest to a second one.
+    static constexpr std::size_t kHalveAt = std::size_t{1} << 16;
 
     bool can_add() const { return add_ < knapsack_->ranks.size(); }
     bool can_remove() const { return remove_end_ > 0; }
@@ -525,27 +532,82 @@ class CoreSearch {
     Step fill_rate() const { return can_add() ? knapsack_->step(add_) : Step{1, 0, 0}; }
     Step relief_rate() const { return can_remove() ? knapsack_->step(remove_end_ - 1) : Step{0, 1, 0}; }
 
-    /// Replaces the list by all its states with every option of the group.
+    /// What becomes of a state: whether it stays in the list, and whether it is the new incumbent.
+    struct Verdict {
+        bool kept;
+        bool best;
+    };
+
+    /// Replaces the list of the core by all its states with every option of the group.
     void grow(std::uint32_t group) {
+        extend(states_, group, [this, fill = fill_rate(), relief = relief_rate()](const State& state) {
+            const std::int64_t left = knapsack_->capacity - state.weight;
+            const bool better = left >= 0 && state.value > best_;
+            if (better) best_ = state.value;
+            const Step& rate = left >= 0 ? fill : relief;
+            return Verdict{Wide{left} * rate.value >= Wide{best_ + 1 - state.value} * rate.weight, better};
+        });
+    }
+
+    /// Tries to end the search with a second list, of all that differs from the break solution outside of the
+    /// core: of each state of the core, only the heaviest of the second list that fits is of interest (E.
+    /// Horowitz and S. Sahni, JACM 21(2), 1974). Returns whether that list stayed short enough.
+    bool meet_in_the_middle() {
+        const std::size_t num_changes = changes_.size();
+        const std::size_t limit = std::min({4 * states_.size(), states_left_, merges_left_});
+        std::vector<bool> met = in_core_;
+        others_.assign(1, {0, 0, kRoot});
+        for (std::size_t position = 0; position < knapsack_->ranks.size(); ++position) {
+            const std::uint32_t group = knapsack_->group(position);
+            if (met[group] || settled(group)) continue;
+            met[group] = true;
+            if (changes_.size() - num_changes + others_.size() * (instance_.options_of(group).size() - 1) >
+                limit) {
+                states_left_ += changes_.size() - num_changes;
+                changes_.resize(num_changes);
+                merges_left_ -= limit;
+                return false;
+            }
+            extend(others_, group, [this](const State& state) {
+                return Verdict{!settled(Delta{state.weight, state.value, 0}), false};
+            });
+        }
+        auto other = others_.crbegin();
+        for (const State& state : states_) {  // the heavier it is, the lighter the other
+            patience_.spend(1);
+            while (other != others_.crend() && other->weight > knapsack_->capacity - state.weight) ++other;
+            if (other == others_.crend()) break;
+            if (state.value + other->value <= best_) continue;
+            best_ = state.value + other->value;
+            best_node_ = state.node;
+            best_other_node_ = other->node;
+        }
+        return true;
+    }
+
+    /// Adds to a list all its states with every other option of the group, and drops those that another one
+    /// beats and those that are judged out.
+    template <typename Judge>
+    void extend(std::vector<State>& list, std::uint32_t group, Judge judge) {
         const std::size_t num_changes = changes_.size();
         deltas_.clear();
         for_other_options(group, [&](const Delta& delta) {
             if (!settled(delta)) deltas_.push_back(delta);
         });
-        if (deltas_.size() > 1) base_ = states_;
+        if (deltas_.size() > 1) base_ = list;
         for (const Delta& delta : deltas_) {
-            merge(states_, deltas_.size() > 1 ? base_ : states_, delta);
-            states_.swap(merged_);
+            merge(list, deltas_.size() > 1 ? base_ : list, delta, judge);
+            list.swap(merged_);
         }
         states_left_ -= changes_.size() - num_changes;
     }
 
     /// `merged_` becomes `kept` and the states of `base` with the delta.
-    void merge(const std::vector<State>& kept, const std::vector<State>& base, const Delta& delta) {
-        const Step fill = fill_rate();
-        const Step relief = relief_rate();
+    template <typename Judge>
+    void merge(const std::vector<State>& kept, const std::vector<State>& base, const Delta& delta,
+               Judge& judge) {
         merged_.clear();
-        std::int64_t highest_value = -1;
+        std::int64_t highest_value = std::numeric_limits<std::int64_t>::min();
         for (auto old = kept.cbegin(), changed = base.cbegin();
              old != kept.cend() || changed != base.cend();) {
             patience_.spend(1);
@@ -564,18 +626,14 @@ class CoreSearch {
             if (state.value <= highest_value) continue;
             highest_value = state.value;
 
-            const std::int64_t left = knapsack_->capacity - state.weight;
-            const bool better = left >= 0 && state.value > best_;
-            if (better) best_ = state.value;
-            const Step& rate = left >= 0 ? fill : relief;
-            const bool hopeless = Wide{left} * rate.value < Wide{best_ + 1 - state.value} * rate.weight;
-            if (hopeless && !better) continue;
+            const Verdict verdict = judge(state);
+            if (!verdict.kept && !verdict.best) continue;
             if (is_new) {
                 changes_.push_back({delta.option, state.node});
                 state.node = static_cast<std::uint32_t>(changes_.size() - 1);
             }
-            if (better) best_node_ = state.node;
-            if (!hopeless) merged_.push_back(state);
+            if (verdict.best) best_node_ = state.node;
+            if (verdict.kept) merged_.push_back(state);
         }
     }
 
@@ -592,7 +650,7 @@ class CoreSearch {
         return bound;
     }
 
-    std::vector<std::uint32_t> choice(std::uint32_t node) const {
+    std::vector<std::uint32_t> choice() const {
         std::vector<std::uint32_t> option_of_group(instance_.option_begin.begin(),
                                                    instance_.option_begin.end() - 1);
         const auto choose = [&](std::uint32_t option) {
@@ -601,7 +659,9 @@ class CoreSearch {
         for (std::size_t position = 0; position < knapsack_->break_index; ++position) {
             choose(knapsack_->step(position).option);
         }
-        for (; node != kRoot; node = changes_[node].parent) choose(changes_[node].option);
+        for (std::uint32_t node : {best_node_, best_other_node_}) {
+            for (; node != kRoot; node = changes_[node].parent) choose(changes_[node].option);
+        }
         return chosen_of(instance_, option_of_group);
     }
 
@@ -614,8 +674,10 @@ class CoreSearch {
     std::size_t add_ = 0;         // the next step to add,
     std::size_t remove_end_ = 0;  // and the end of those to take back, at the edges of the core
     std::int64_t best_ = 0;
-    std::uint32_t best_node_ = kRoot;
+    std::uint32_t best_node_ = kRoot;        // of the core's list,
+    std::uint32_t best_other_node_ = kRoot;  // and of the second one
     std::vector<State> states_;
+    std::vector<State> others_;
     std::vector<State> base_;
     std::vector<State> merged_;
     std::vector<Change> changes_;

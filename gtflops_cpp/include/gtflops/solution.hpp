@@ -10,7 +10,7 @@ namespace gtflops {
 
 struct SolveOptions {
     /// How many partial selections may be recorded in one solve: the limit on memory (up to about 60 bytes
-    /// each), and, as each may be looked at 16 times on average, on time. Instances from models need a few
+    /// each), and, as each may be looked at 4 times on average, on time. Instances from models need a few
     /// thousand.
     std::size_t max_states = 20'000'000;
 
