@@ -30,7 +30,7 @@ class KnapsackResult:
     upper_bound: float
     """No selection within the capacity is worth more; equal to ``value`` when ``optimal``."""
     optimal: bool
-    """Whether the selection is proved to be the best; False only where ``max_states`` was too small."""
+    """Whether the selection is proved to be the best; False where ``max_states``, or the limit on planning a graph, was met."""
 
 
 def knapsack(
@@ -59,7 +59,7 @@ def knapsack(
         importance: what each tensor is worth: n finite numbers. A tensor with 0 or less is never selected.
         capacity: FLOPs that the selection may cost, 0 or more.
         max_states: the limit on the search, in recorded partial selections; 20 million take up to about
-            1.2 GB and some ten seconds. Instances from models need thousands.
+            1.2 GB and some seconds. Instances from models need thousands.
 
     Returns:
         The selection. With no tensors, or where not one fits (a capacity below ``dy[0]``, for example), it is

@@ -1,8 +1,6 @@
 #include "gtflops/graph_knapsack.hpp"
 
 #include <algorithm>
-#include <limits>
-#include <stdexcept>
 #include <vector>
 
 #include "graph_plan.hpp"

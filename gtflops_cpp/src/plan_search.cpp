@@ -38,12 +38,17 @@ struct Option {
     std::uint8_t members;  // bit i: the i-th tensor of the group
 };
 
-/// From one option of a group to the next better one that the LP relaxation uses. Values per weight fall from
-/// step to step of a group, so that in the order of density each comes after those that it builds on.
+/// From one option of a group to the next better one that the LP relaxation uses: the upper hull over the
+/// options that fit the walk with the most room. On a walk with less, a step may lead to an option that does
+/// not fit, over one that does; it is used as long as there is such a one, and never taken whole. Values per
+/// weight fall from step to step of a group, so that in the order of density each comes after those that it
+/// builds on.
 struct Step {
     std::int64_t weight;
     std::int64_t value;
     std::uint32_t option;  // where it leads
+    std::int64_t
+        usable_from;  // the weight of the lightest option that it passes or leads to: with less, it is none
 };
 
 /// Orders steps by value per weight, highest first; steps that weigh nothing come before all others.
@@ -209,7 +214,8 @@ void add_steps(std::span<const Option> options, std::uint32_t first_option, std:
         while (true) {
             const Option& from =
                 steps.size() == begin ? options[0] : options[steps.back().option - first_option];
-            step = {options[i].weight - from.weight, options[i].value - from.value, first_option + i};
+            step = {options[i].weight - from.weight, options[i].value - from.value, first_option + i,
+                    (&from)[1].weight};
             if (steps.size() == begin) break;
             if (Wide{steps.back().value} * step.weight > Wide{step.value} * steps.back().weight) break;
             steps.pop_back();
@@ -268,7 +274,7 @@ class Relaxation {
     void change(std::uint32_t group, std::int64_t capacity, int sign) {
         for (const std::uint32_t rank : instance_.ranks_of(group)) {
             const Step& step = instance_.steps[rank];
-            if (instance_.led_to(step).weight > capacity) break;
+            if (step.usable_from > capacity) break;
             for (std::size_t i = rank + std::size_t{1}; i < sums_.size(); i += i & -i) {
                 sums_[i].weight += sign * step.weight;
                 sums_[i].value += sign * step.value;
@@ -361,8 +367,8 @@ struct Knapsack {
             }
         }
         for (std::uint32_t rank = 0; rank < of.steps.size(); ++rank) {
-            const Option& option = of.led_to(of.steps[rank]);
-            if (offered[option.group] && option.weight <= capacity) ranks.push_back(rank);
+            const Step& step = of.steps[rank];
+            if (offered[of.led_to(step).group] && step.usable_from <= capacity) ranks.push_back(rank);
         }
         while (break_index < ranks.size() && step(break_index).weight <= capacity - break_weight) {
             break_weight += step(break_index).weight;
@@ -381,7 +387,7 @@ struct Knapsack {
         std::uint32_t option = instance.option_begin[group];
         for (const std::uint32_t rank : instance.ranks_of(group)) {
             const Step& taken = instance.steps[rank];
-            if (rank >= end || instance.led_to(taken).weight > capacity) break;
+            if (rank >= end || taken.usable_from > capacity) break;
             option = taken.option;
         }
         return option;
@@ -485,7 +491,7 @@ class CoreSearch {
     };
     static constexpr std::uint32_t kRoot = std::numeric_limits<std::uint32_t>::max();
     /// States that are looked at again and again without new ones to record take time, too.
-    static constexpr std::size_t kMergesPerState = 4;
+    static constexpr std::size_t kMergesPerState = 16;
     /// How long a list is when it is first tried to leave the rest to a second one.
     static constexpr std::size_t kHalveAt = std::size_t{1} << 16;
 
@@ -529,8 +535,8 @@ class CoreSearch {
 
     /// The groups outside of the core exchange value for weight at these rates at best: what is left is
     /// filled with the next step to add, and what is too heavy takes back the next step to remove.
-    Step fill_rate() const { return can_add() ? knapsack_->step(add_) : Step{1, 0, 0}; }
-    Step relief_rate() const { return can_remove() ? knapsack_->step(remove_end_ - 1) : Step{0, 1, 0}; }
+    Step fill_rate() const { return can_add() ? knapsack_->step(add_) : Step{1, 0, 0, 0}; }
+    Step relief_rate() const { return can_remove() ? knapsack_->step(remove_end_ - 1) : Step{0, 1, 0, 0}; }
 
     /// What becomes of a state: whether it stays in the list, and whether it is the new incumbent.
     struct Verdict {
@@ -554,24 +560,28 @@ class CoreSearch {
     /// Horowitz and S. Sahni, JACM 21(2), 1974). Returns whether that list stayed short enough.
     bool meet_in_the_middle() {
         const std::size_t num_changes = changes_.size();
-        const std::size_t limit = std::min({4 * states_.size(), states_left_, merges_left_});
+        const std::size_t max_recorded = std::min(4 * states_.size(), states_left_);
+        const std::size_t max_merges = std::min(32 * states_.size(), merges_left_);
+        std::size_t num_merges = 0;
         std::vector<bool> met = in_core_;
         others_.assign(1, {0, 0, kRoot});
         for (std::size_t position = 0; position < knapsack_->ranks.size(); ++position) {
             const std::uint32_t group = knapsack_->group(position);
             if (met[group] || settled(group)) continue;
             met[group] = true;
-            if (changes_.size() - num_changes + others_.size() * (instance_.options_of(group).size() - 1) >
-                limit) {
+            const std::size_t growth = others_.size() * (instance_.options_of(group).size() - 1);
+            if (changes_.size() - num_changes + growth > max_recorded || num_merges + growth > max_merges) {
                 states_left_ += changes_.size() - num_changes;
                 changes_.resize(num_changes);
-                merges_left_ -= limit;
+                merges_left_ -= num_merges;
                 return false;
             }
+            num_merges += growth;
             extend(others_, group, [this](const State& state) {
                 return Verdict{!settled(Delta{state.weight, state.value, 0}), false};
             });
         }
+        merges_left_ -= num_merges;
         auto other = others_.crbegin();
         for (const State& state : states_) {  // the heavier it is, the lighter the other
             patience_.spend(1);
@@ -814,7 +824,7 @@ class WalkSearch {
 
     /// By bisection over the densities: the higher the price, the less the best walk weighs.
     void find_best_price(Lagrangian& lagrangian, Incumbent& incumbent) {
-        Step best_price{1, 0, 0};
+        Step best_price{1, 0, 0, 0};
         lagrangian.set_price(best_price);
         std::int64_t lowest = lagrangian.floor_bound(lagrangian.best(plan_.start));
         const auto priced = [](const Step& step) { return step.weight > 0; };

@@ -95,6 +95,24 @@ void agrees_with_brute_force() {
     }
 }
 
+/// A group's options are weighed where there is most room; on a deeper walk only the least of them may fit.
+void an_option_under_the_hull_is_not_lost() {
+    Graph graph;
+    const std::int64_t top = graph.add_segment({}, 49);
+    const std::int64_t next = graph.add_segment({top}, 1);
+    const std::int64_t side = graph.add_segment({next}, 56);
+    const std::int64_t free = graph.add_segment({next}, 0);
+    const std::int64_t heavy = graph.add_segment({free}, 63);
+    const std::int64_t light = graph.add_segment({}, 1);
+    graph.tensors.add({top, side});
+    graph.tensors.add({side});
+    graph.tensors.add({heavy});
+    graph.tensors.add({light, heavy});
+    graph.tensors.add({next});
+    const Solution solution = solve(graph, Importances(5, 1.0), 169);
+    CHECK(solution.optimal && solution.value == 4);
+}
+
 void the_edges_of_the_capacity() {
     const Graph graph = small_chain();
     const Importances importance{1, 4};
@@ -191,6 +209,7 @@ void malformed_graphs_are_refused() {
 
 int main() {
     agrees_with_brute_force();
+    an_option_under_the_hull_is_not_lost();
     the_edges_of_the_capacity();
     what_is_free_is_taken();
     nothing_to_choose_from();

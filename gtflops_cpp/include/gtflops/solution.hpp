@@ -10,7 +10,7 @@ namespace gtflops {
 
 struct SolveOptions {
     /// How many partial selections may be recorded in one solve: the limit on memory (up to about 60 bytes
-    /// each), and, as each may be looked at 4 times on average, on time. Instances from models need a few
+    /// each), and, as each may be looked at 16 times on average, on time. Instances from models need a few
     /// thousand.
     std::size_t max_states = 20'000'000;
 
@@ -23,7 +23,7 @@ struct Solution {
     double value;                    // sum of the selected importances, in index order
     std::int64_t cost;               // what the selection costs; never more than the capacity
     double upper_bound;              // no selection is worth more; equal to `value` when `optimal`
-    bool optimal;                    // proved; false only where `max_states` was too small
+    bool optimal;                    // proved; false where `max_states` or the limit on planning was met
 };
 
 class Interrupted : public std::runtime_error {
