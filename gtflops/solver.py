@@ -30,7 +30,7 @@ class KnapsackResult:
     upper_bound: float
     """No selection within the capacity is worth more; equal to ``value`` when ``optimal``."""
     optimal: bool
-    """Whether the selection is proved to be the best; False where ``max_states``, or the limit on planning a graph, was met."""
+    """Whether it is proved to be the best; False where ``max_states`` or the limit on planning a graph was met."""
 
 
 def knapsack(
