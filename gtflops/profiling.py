@@ -246,21 +246,18 @@ class Profile:
     @cached_property
     def flops_form(self) -> GraphForm:
         """The problem of choosing tensors within a limit of FLOPs, as the solver takes it."""
-        return self._form(self.prices.sum(axis=0))
+        return GraphForm.of(int(self._forward.sum() + self._segments.always.sum()), self._segments)
 
     @cached_property
     def time_form(self) -> GraphForm:
         """The problem of choosing tensors within a limit of nanoseconds. InputError where they were not measured."""
         if self.nanoseconds is None:
             raise InputError(
-                f"this profile of {self.graph.model} says nothing about time; expected one with what each operator "
-                "takes on a device: gtflops.measure_time(profile, device)"
+                f"this profile of {self.graph.model} has no times: gtflops.measure_time(profile, device) measures them"
             )
-        return self._form(self.nanoseconds)
-
-    def _form(self, costs: npt.NDArray[np.int64]) -> GraphForm:
-        segments = Segments.of(self.graph, self.names, self.needed_by, np.stack([costs, np.zeros_like(costs)]))
-        return GraphForm.of(int(costs[self._in_forward].sum() + segments.always.sum()), segments)
+        times = np.stack([self.nanoseconds, np.zeros_like(self.nanoseconds)])
+        segments = Segments.of(self.graph, self.names, self.needed_by, times)
+        return GraphForm.of(int(self.nanoseconds[self._in_forward].sum() + segments.always.sum()), segments)
 
     def step_flops(self, trainable: Trainable, ops: Ops = "all") -> StepFlops:
         """FLOPs of one training step in which exactly ``trainable`` receives gradients.
@@ -310,17 +307,10 @@ class Profile:
         """Seconds of one training step in which exactly ``trainable`` receives gradients, as the sum of its operators.
 
         Forward and backward pass, as :meth:`step_flops`, without the optimizer; :func:`gtflops.measure_time` says what
-        the sum leaves out. Time linear in the number of nodes. InputError for a profile without times and as
+        the sum leaves out. As fast as :meth:`step_flops`. InputError for a profile without times and as
         :meth:`step_flops`.
         """
-        if self.nanoseconds is None:
-            raise InputError("this profile has no times: gtflops.measure_time(profile, device) measures them")
-        selected = self._bits(self.mask(trainable)) | 1 << len(self.names)
-        runs = [
-            node.phase is Phase.FORWARD or (node.phase in AFTER_FORWARD and bool(needed & selected))
-            for node, needed in zip(self.graph.nodes, self.needed_by, strict=True)
-        ]
-        return int(self.nanoseconds[runs].sum()) / 1e9
+        return self.time_form.total(self.mask(trainable)) / 1e9
 
     def activation_bytes(self, trainable: Trainable) -> int:
         """Bytes that autograd keeps from the forward pass for the backward, when exactly ``trainable`` trains.

@@ -50,7 +50,7 @@ class Selection:
     @property
     def seconds(self) -> float | None:
         """What a step takes by the measured times of its operators; ``None`` for a profile without."""
-        return None if self.profile.nanoseconds is None else self.profile.time_form.total(self.mask) / 1e9
+        return None if self.profile.nanoseconds is None else self.profile.step_seconds(self.mask)
 
     @property
     def importance_captured(self) -> float:
