@@ -425,7 +425,7 @@ def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
     row("one step, planned, matrix products", lambda run: f"{run.counted.planned_matmul:,}")
     row("one step, executed, by PyTorch's counter", lambda run: f"{run.counted.pytorch_matmul:,}")
     table.add_section()
-    row("seconds of training steps", lambda run: format_seconds(sum(step.seconds for step in run.log.steps)))
+    row("seconds of training steps", lambda run: format_seconds(sum(step.seconds or 0 for step in run.log.steps)))
     row("seconds of selecting", lambda run: format_seconds(sum(record.seconds for record in run.log.selections)))
     row("validation loss before", lambda run: f"{run.loss_before:.4f}")
     row("validation loss after", lambda run: f"{run.loss_after:.4f}")
@@ -458,7 +458,11 @@ def _run_json(run: "FineTuneResult") -> dict[str, Any]:
         "losses": [step.loss for step in run.log.steps],
         "validation_loss_before": run.loss_before,
         "validation_loss_after": run.loss_after,
-        "selections": [{"step": record.step, **record.selection.to_json()} for record in run.log.selections],
+        "selections": [
+            {"step": record.step, **record.selection.to_json()}
+            for record in run.log.selections
+            if record.selection is not None
+        ],
     }
 
 

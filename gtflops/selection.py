@@ -87,6 +87,25 @@ class Selection:
             "importance_captured": self.importance_captured,
         }
 
+    @classmethod
+    def from_json(cls, profile: Profile, data: Mapping[str, Any], importance: Mapping[str, float]) -> "Selection":
+        """The inverse of :meth:`to_json`, which holds neither profile nor importances.
+
+        ``profile`` may be of another batch shape of the same model; the figures are those of the selection. InputError
+        for a model without such tensors.
+        """
+        return cls(
+            profile=profile,
+            importance=importance,
+            mask=profile.mask(data["names"]),
+            budget_flops=data["budget_flops"],
+            flops=data["flops"],
+            value=data["value"],
+            upper_bound=data["upper_bound"],
+            optimal=data["optimal"],
+            budget_seconds=data["budget_seconds"],
+        )
+
 
 def select(
     profile: Profile,

@@ -25,7 +25,7 @@ from gtflops.report import write
 from gtflops.report.summary import evenly, summarise, visible
 from gtflops.report.terminal import profile_tables, selection_table
 from gtflops.selection import Selection, select
-from gtflops.training.loop import TrainingLog
+from gtflops.training.records import TrainingLog
 from gtflops.units import format_seconds
 from zoo import ZOO
 
@@ -113,7 +113,7 @@ def hostile_selection(hostile: Profile) -> Selection:
 
 @pytest.fixture(scope="module")
 def hostile_log(hostile_selection: Selection, log: TrainingLog) -> TrainingLog:
-    records = [replace(record, selection=hostile_selection) for record in log.selections]
+    records = [replace(record, selection=hostile_selection, names=hostile_selection.names) for record in log.selections]
     return TrainingLog(log.steps, records, log.measuring_flops)
 
 

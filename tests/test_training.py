@@ -127,11 +127,15 @@ def test_operators_without_a_price_are_refused_or_allowed() -> None:
         _ = executed.total
 
 
-def test_a_step_without_a_selection_is_planned_as_the_model_stands() -> None:
-    trainer, batches = trainer_for(count_executed=True)
-    trainer.model.lm_head.requires_grad_(False)
-    record = trainer.step(batches[0])
-    assert record.planned_flops == record.executed_flops < trainer.profile.full_flops
+def test_a_scheme_of_its_own_chooses_what_is_trained() -> None:
+    def by_turns(profile: gtflops.Profile, step: int) -> list[str]:
+        return [name for name in profile.names if f"layers.{step // 2 % 3}." in name]
+
+    trainer, batches = trainer_for(choose=by_turns, count_executed=True)
+    log = trainer.fit(batches)
+    assert [record.names[0].split(".")[2] for record in log.selections] == ["0", "1", "2"]
+    assert log.executed_flops == log.planned_flops < log.full_flops
+    assert log.measuring_flops == 0
 
 
 def test_a_profile_of_another_model() -> None:
@@ -153,8 +157,8 @@ def test_without_a_budget_everything_is_trained() -> None:
     trainer, batches = trainer_for(budget=None, count_executed=True)
     trainer.model.requires_grad_(False)
     log = trainer.fit(batches[:2])
-    assert log.selections == []
-    assert log.executed_flops == 2 * trainer.profile.full_flops
+    assert [record.selection for record in log.selections] == [None]
+    assert log.executed_flops == log.full_flops == 2 * trainer.profile.full_flops
 
 
 def test_measuring_does_not_change_the_run() -> None:
@@ -200,9 +204,9 @@ def test_training_lowers_the_loss() -> None:
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "epochs"])
 def test_every_must_be_a_number_of_steps(every: Any) -> None:
-    with pytest.raises(gtflops.InputError, match="expected a positive number of optimizer steps"):
+    with pytest.raises(gtflops.InputError, match="expected a positive number of optimizer steps, 'epoch'"):
         trainer_for(every=every)
 
 

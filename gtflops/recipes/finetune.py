@@ -103,7 +103,7 @@ def finetune(
         if on_step is not None:
             on_step(record)
 
-    trainer.fit([first, *islice(stream, settings.steps - 1)], count_then_report)
+    trainer.fit([first, *islice(stream, settings.steps - 1)], on_step=count_then_report)
     assert counted is not None
     return FineTuneResult(
         log=trainer.log,

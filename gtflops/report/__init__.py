@@ -12,7 +12,7 @@ from gtflops.report.summary import summarise
 from gtflops.selection import Selection
 
 if TYPE_CHECKING:
-    from gtflops.training.loop import TrainingLog
+    from gtflops.training.records import TrainingLog
 
 __all__ = ["write"]
 

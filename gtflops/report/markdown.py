@@ -87,7 +87,7 @@ def _training(summary: Summary) -> Iterator[str]:
         (
             (
                 str(step.step),
-                "not finite" if step.loss is None else f"{step.loss:.6g}",
+                "none" if step.loss is None else f"{step.loss:.6g}",
                 f"{step.planned_flops:,}",
                 f"{step.cumulative_planned_flops:,}",
             )
@@ -103,7 +103,7 @@ def _training(summary: Summary) -> Iterator[str]:
                     str(event.step),
                     f"{len(event.positions):,}",
                     f"{event.flops:,}",
-                    f"{event.importance_captured:.1%}",
+                    "" if event.importance_captured is None else f"{event.importance_captured:.1%}",
                     name(summary.tensors[event.positions[-1]].name) if event.positions else "none",
                 )
                 for event in training.selections

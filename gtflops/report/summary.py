@@ -18,7 +18,7 @@ from gtflops.selection import Selection
 from gtflops.units import FLOPS_PER_MAC, format_flops, format_seconds
 
 if TYPE_CHECKING:
-    from gtflops.training.loop import TrainingLog
+    from gtflops.training.records import TrainingLog
 
 Item = TypeVar("Item")
 
@@ -213,20 +213,21 @@ class SelectionEvent:
     step: int
     positions: tuple[int, ...]
     flops: int
-    importance_captured: float
+    importance_captured: float | None
+    """``None`` where the tensors were not selected by importance."""
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """An optimizer step; ``loss`` is ``None`` where it was not finite."""
+    """An optimizer step; ``loss`` is ``None`` where it was not finite or not observed."""
 
     step: int
     loss: float | None
     planned_flops: int
     cumulative_planned_flops: int
     executed_flops: int | None
-    seconds: float
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +347,7 @@ def summarise(profile: Profile, selection: Selection | None = None, log: "Traini
     if selection is None and log is not None and log.selections:
         selection = log.selections[-1].selection
     given = [] if selection is None else [selection]
-    given += [] if log is None else [record.selection for record in log.selections]
+    given += [] if log is None else [record.selection for record in log.selections if record.selection is not None]
     for other in given:
         if other.profile.names != profile.names:
             raise InputError(
@@ -363,7 +364,7 @@ def summarise(profile: Profile, selection: Selection | None = None, log: "Traini
         modules=modules,
         tensors=_tensors(profile, selection),
         selection=None if selection is None else _selection(profile, selection),
-        training=None if log is None else _training(log),
+        training=None if log is None else _training(profile, log),
         notes=profile.notes,
         unsupported=profile.unsupported,
         versions=profile.versions,
@@ -501,12 +502,12 @@ def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
     )
 
 
-def _training(log: "TrainingLog") -> TrainingSummary:
+def _training(profile: Profile, log: "TrainingLog") -> TrainingSummary:
     return TrainingSummary(
         steps=tuple(
             StepRow(
                 step=step.step,
-                loss=step.loss if math.isfinite(step.loss) else None,
+                loss=step.loss if step.loss is not None and math.isfinite(step.loss) else None,
                 planned_flops=step.planned_flops,
                 cumulative_planned_flops=cumulative,
                 executed_flops=step.executed_flops,
@@ -517,9 +518,9 @@ def _training(log: "TrainingLog") -> TrainingSummary:
         selections=tuple(
             SelectionEvent(
                 step=record.step,
-                positions=tuple(int(position) for position in np.flatnonzero(record.selection.mask)),
-                flops=record.selection.flops,
-                importance_captured=record.selection.importance_captured,
+                positions=tuple(int(position) for position in np.flatnonzero(profile.mask(record.names))),
+                flops=record.flops,
+                importance_captured=record.importance_captured,
                 seconds=record.seconds,
             )
             for record in log.selections

@@ -1,0 +1,132 @@
+"""What a run writes down: selections, steps, and the log of both."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gtflops.profiling import Profile
+from gtflops.selection import Selection
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionRecord:
+    """What is trained from here on. ``step`` counts the optimizer steps before it.
+
+    ``flops`` and ``full_flops`` are those of a step on the batch that it was made for, ``budget`` the share that was
+    asked for (``None`` without one), ``seconds`` what measuring and selecting took. ``selection`` has the proof and the
+    importances, where the tensors were selected by importance.
+    """
+
+    step: int
+    epoch: int
+    names: tuple[str, ...]
+    flops: int
+    full_flops: int
+    budget: float | None
+    seconds: float
+    selection: Selection | None
+
+    @property
+    def importance_captured(self) -> float | None:
+        """Share of all positive importance that is trained; ``None`` where none was measured."""
+        return None if self.selection is None else self.selection.importance_captured
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; :meth:`from_json` is the inverse."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "names": list(self.names),
+            "flops": self.flops,
+            "full_flops": self.full_flops,
+            "budget": self.budget,
+            "seconds": self.seconds,
+            "importance_captured": self.importance_captured,
+            "selection": None if self.selection is None else self.selection.to_json(),
+            "importance": None if self.selection is None else dict(self.selection.importance),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], profile: Profile) -> "SelectionRecord":
+        """``profile`` is one of the model, of any batch."""
+        selection = data["selection"]
+        return cls(
+            step=data["step"],
+            epoch=data["epoch"],
+            names=tuple(data["names"]),
+            flops=data["flops"],
+            full_flops=data["full_flops"],
+            budget=data["budget"],
+            seconds=data["seconds"],
+            selection=None if selection is None else Selection.from_json(profile, selection, data["importance"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step. FLOPs of forward and backward on the batches that it saw, in their real shapes.
+
+    ``full_flops`` is what the same batches cost with every tensor trained. ``loss``, ``executed_flops`` and
+    ``seconds`` are ``None`` where they were not observed: in a loop of the user's own, or without ``count_executed``.
+    """
+
+    step: int
+    epoch: int
+    planned_flops: int
+    full_flops: int
+    learning_rate: float
+    loss: float | None = None
+    executed_flops: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(slots=True)
+class TrainingLog:
+    """What was trained, in order. FLOPs of training steps; each selection adds about one full step to measure.
+
+    ``stopped`` says why a run ended before its batches did.
+    """
+
+    steps: list[StepRecord] = field(default_factory=list)
+    selections: list[SelectionRecord] = field(default_factory=list)
+    measuring_flops: int = 0
+    stopped: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; :meth:`from_json` is the inverse."""
+        return {
+            "steps": [asdict(step) for step in self.steps],
+            "selections": [record.to_json() for record in self.selections],
+            "measuring_flops": self.measuring_flops,
+            "stopped": self.stopped,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], profile: Profile) -> "TrainingLog":
+        """``profile`` is one of the model, of any batch."""
+        return cls(
+            steps=[StepRecord(**step) for step in data["steps"]],
+            selections=[SelectionRecord.from_json(record, profile) for record in data["selections"]],
+            measuring_flops=data["measuring_flops"],
+            stopped=data["stopped"],
+        )
+
+    @property
+    def planned_flops(self) -> int:
+        return sum(step.planned_flops for step in self.steps)
+
+    @property
+    def full_flops(self) -> int:
+        """What the same steps cost with every tensor trained."""
+        return sum(step.full_flops for step in self.steps)
+
+    @property
+    def executed_flops(self) -> int | None:
+        """``None`` unless every step was counted."""
+        counted = [step.executed_flops for step in self.steps if step.executed_flops is not None]
+        return sum(counted) if len(counted) == len(self.steps) else None
+
+    @property
+    def seconds(self) -> float:
+        """Of the steps whose time was taken, and of selecting."""
+        return sum(step.seconds or 0.0 for step in self.steps) + sum(record.seconds for record in self.selections)
