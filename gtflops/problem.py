@@ -230,7 +230,12 @@ def limit_of(
     share = 0.5 if budget is None else budget
     if not _is_number(share) or not 0 < share <= 1:
         raise InputError(f"budget is {share!r}, expected a share of a full step in (0, 1]")
-    return int(_decimal(share) * full_cost(profile, cost))
+    return part_of(share, full_cost(profile, cost))
+
+
+def part_of(share: float, whole: int) -> int:
+    """``share`` of ``whole``, rounded down; the decimal number that was written: 0.6 means 6/10."""
+    return int(_decimal(share) * whole)
 
 
 def _positive_integer(name: str, value: int) -> int:

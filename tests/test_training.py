@@ -1,12 +1,14 @@
 """The loop: frozen tensors do not move, FLOPs are what was executed, bad input is refused."""
 
 import copy
+import random
 from typing import Any
 
 import pytest
 import torch
 
 import gtflops
+from gtflops.sources import Live
 from real_steps import counted_by_pytorch
 from small_models import build, padded_batch
 
@@ -233,3 +235,127 @@ def test_a_loss_that_is_nan_keeps_the_weights() -> None:
     with pytest.raises(gtflops.GtflopsError, match="the loss is nan at step 0"):
         trainer.fit(batches)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+# --- loops of one's own, and batches of any shape ---------------------------------------------------------------
+
+
+def ragged(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    draw = random.Random(seed)
+    return [padded_batch(3, draw.randint(9, 60)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_budget_holds_on_the_sum_over_steps_of_any_shape(family: str) -> None:
+    """Selected on the first batch only: a short one, of which the same tensors are a smaller share."""
+    model, batches = build(family), [padded_batch(3, 9), *ragged(11)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = gtflops.GreenTrainer(model, optimizer, batches[0], 0.5, 100, count_executed=True)
+    log = trainer.fit(batches)
+    assert [step.executed_flops for step in log.steps] == [step.planned_flops for step in log.steps]
+    assert len(log.selections) == 1
+    for steps in range(1, len(log.steps) + 1):
+        made = log.steps[:steps]
+        assert sum(step.planned_flops for step in made) <= 0.5 * sum(step.full_flops for step in made)
+    for step, batch in zip(log.steps, batches, strict=True):
+        assert step.full_flops == gtflops.profile(model, batch).full_flops
+
+
+def test_most_shapes_are_priced_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = 0
+    trace = Live.trace
+
+    def counted(self: Live, sizes: Any) -> Any:
+        nonlocal traced
+        traced += 1
+        return trace(self, sizes)
+
+    monkeypatch.setattr(Live, "trace", counted)
+    model = build("llama")
+    trainer = gtflops.GreenTrainer(model, torch.optim.AdamW(model.parameters()), padded_batch(3, 60), None)
+    trainer.fit(ragged(20))
+    assert len({step.planned_flops for step in trainer.log.steps}) > 12
+    assert traced <= 4  # a short one, a long one, the first asked for, and one to check the polynomials
+
+
+def test_a_loop_of_ones_own_is_as_the_loop_written_out() -> None:
+    def losses(own: bool) -> tuple[list[float], list[int]]:
+        torch.manual_seed(0)
+        trainer, batches = trainer_for(every=2)
+        if not own:
+            log = trainer.fit(batches)
+            return [step.loss or 0.0 for step in log.steps], [step.planned_flops for step in log.steps]
+        seen = []
+        for batch in batches:
+            trainer.step_boundary(batch)
+            loss = trainer.model(**batch).loss
+            loss.backward()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            seen.append(loss.item())
+        return seen, [step.planned_flops for step in trainer.log.steps]
+
+    assert losses(own=True) == losses(own=False)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    rows = padded_batch(6, 12)
+    rows["attention_mask"].fill_(1)
+    rows["labels"] = rows["input_ids"]
+    halves = [{name: tensor[part] for name, tensor in rows.items()} for part in (slice(0, 3), slice(3, 6))]
+    weights = []
+    for batches, accumulate in (([rows], 1), (halves, 2)):
+        torch.manual_seed(1)
+        model = build("llama")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = gtflops.GreenTrainer(model, optimizer, batches[0], None, count_executed=True)
+        log = trainer.fit(batches, accumulate=accumulate)
+        assert len(log.steps) == 1
+        assert log.executed_flops == log.planned_flops
+        weights.append(torch.cat([tensor.detach().flatten() for tensor in model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def test_importance_is_averaged_over_batches_to_come() -> None:
+    trainer, batches = trainer_for("llama")
+    expected = gtflops.measure_importance(trainer.model, batches[:3], trainer.optimizer)
+    seen: list[Any] = []
+    trainer.fit(batches, measure_on=3, on_selection=seen.append)
+    assert dict(seen[0].selection.importance) == pytest.approx(expected)
+    assert trainer.log.measuring_flops == (3 + 3 + 2) * trainer.profile.full_flops  # two batches are left at the end
+
+
+def test_selecting_every_epoch_or_when_a_function_says_so() -> None:
+    trainer, batches = trainer_for(every="epoch")
+    assert [record.step for record in trainer.fit(batches[:3], epochs=2).selections] == [0, 3]
+    trainer, batches = trainer_for(every=lambda step: step in (2, 5))
+    assert [record.step for record in trainer.fit(batches).selections] == [0, 2, 5]
+
+
+def test_what_is_trained_changes_between_steps_only() -> None:
+    trainer, batches = trainer_for(every=1)
+    trainer.step_boundary(batches[0])
+    trainer.model(**batches[0]).loss.backward()
+    before = {name: tensor.requires_grad for name, tensor in trainer.model.named_parameters()}
+    with pytest.raises(gtflops.InputError, match="gradient of an unfinished step"):
+        trainer.step_boundary(batches[1])
+    assert before == {name: tensor.requires_grad for name, tensor in trainer.model.named_parameters()}
+    assert len(trainer.log.steps) == 1
+
+
+def test_requires_grad_that_something_else_changes() -> None:
+    trainer, batches = trainer_for()
+    trainer.fit(batches[:1])
+    frozen = next(name for name, tensor in trainer.model.named_parameters() if not tensor.requires_grad)
+    trainer.model.get_parameter(frozen).requires_grad_(True)
+    with pytest.raises(gtflops.InputError, match=f"'{frozen}' was thawed by something else"):
+        trainer.step_boundary(batches[1])
+
+
+def test_clipping() -> None:
+    model, batch = build("llama"), padded_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = torch.cat([tensor.detach().flatten() for tensor in model.parameters()])
+    gtflops.GreenTrainer(model, optimizer, batch, None, max_grad_norm=0.01).fit([batch])
+    moved = torch.cat([tensor.detach().flatten() for tensor in model.parameters()]) - before
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)

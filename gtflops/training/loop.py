@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -18,7 +18,7 @@ from gtflops.capture import ExecutedFlops, Loss, call_model, loss_of
 from gtflops.capture.batches import describe_batch
 from gtflops.errors import GtflopsError, InfeasibleBudgetError, InputError
 from gtflops.importance import measure_importance
-from gtflops.problem import Granularity, Patterns, Problem, limit_of
+from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
 from gtflops.profiling import Profile, profile
 from gtflops.selection import Selection, select
 from gtflops.training import checkpoints
@@ -178,7 +178,7 @@ class GreenTrainer:
             step=len(self.log.steps),
             epoch=epoch,
             planned_flops=planned,
-            full_flops=sum(cost.full_flops for cost in costs),
+            full_flops=_total(costs, "all"),
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
         )
         self.log.steps.append(record)
@@ -319,7 +319,7 @@ class GreenTrainer:
                 f"the loss is {value} at step {step}; the weights are those of the step before; expected a finite "
                 "loss: try a lower learning rate, or look at the batch"
             )
-        (loss if parts == 1 else loss / parts).backward()
+        loss.backward(torch.full_like(loss, 1 / parts))
         return value / parts
 
     def executed_flops(self, counted: ExecutedFlops) -> int:
@@ -340,7 +340,7 @@ class GreenTrainer:
         names, planned = self._chosen, _total(costs, self._chosen)
         if self.budget is None or self.selection is None:
             return names, planned
-        self._allowed += sum(limit_of(cost, budget=self.budget) for cost in costs)
+        self._allowed += part_of(self.budget, _total(costs, "all"))
         if self._spent + planned > self._allowed:
             names, planned = self._smaller(costs, self._allowed - self._spent)
         self._spent += planned
@@ -352,7 +352,7 @@ class GreenTrainer:
         # Of batches of several shapes, the one in which the room is the smallest share of what is trained now.
         tightest = max(costs, key=lambda cost: cost.step_flops(self._chosen or ()).total / cost.full_flops)
         problem = Problem.of(tightest, self.selection.importance, **self._conditions)
-        share = room / sum(cost.full_flops for cost in costs)
+        share = room / _total(costs, "all")
         while (limit := int(share * tightest.full_flops)) >= problem.smallest:
             try:
                 mask = problem.solve(limit).mask
@@ -514,8 +514,11 @@ class _Run:
             self._after_skipping = states["random"]
 
 
-def _total(costs: Iterable[Profile], names: frozenset[str]) -> int:
-    return sum(cost.step_flops(names).total for cost in costs)
+def _total(costs: Sequence[Profile], trainable: frozenset[str] | Literal["all"]) -> int:
+    """FLOPs of a step over batches of these costs: from the second on, each adds its gradients to those before."""
+    mask = costs[0].mask(trainable)
+    elements = sum(tensor.numel for tensor, trained in zip(costs[0].tensors, mask, strict=True) if trained)
+    return sum(cost.step_flops(trainable).total for cost in costs) + (len(costs) - 1) * elements
 
 
 @contextmanager
