@@ -1,5 +1,28 @@
-"""The thin training loop; needs torch."""
+"""The thin training loop; needs torch. Budgets that move, the energy of a run, and watching it."""
 
+from gtflops.training.budgets import Budget, CarbonAware, Progress, Total, budget_of
+from gtflops.training.energy import Energy, EnergyMeter
+from gtflops.training.intensity import IntensitySeries, read_intensity
 from gtflops.training.loop import GreenTrainer, SelectionRecord, StepRecord, TrainingLog
+from gtflops.training.watching import JsonLines, ProgressBar, TensorBoard, Watcher, read_log
 
-__all__ = ["GreenTrainer", "SelectionRecord", "StepRecord", "TrainingLog"]
+__all__ = [
+    "Budget",
+    "CarbonAware",
+    "Energy",
+    "EnergyMeter",
+    "GreenTrainer",
+    "IntensitySeries",
+    "JsonLines",
+    "Progress",
+    "ProgressBar",
+    "SelectionRecord",
+    "StepRecord",
+    "TensorBoard",
+    "Total",
+    "TrainingLog",
+    "Watcher",
+    "budget_of",
+    "read_intensity",
+    "read_log",
+]
