@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from gtflops.capture.dispatch import ExecutedFlops
     from gtflops.curve import Frontier, frontier
     from gtflops.errors import (
+        BudgetSpentError,
         GtflopsError,
         InfeasibleBudgetError,
         InputError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are loaded when first used: the solver and a saved profile need no torch.
 _HOME = {
+    "BudgetSpentError": "errors",
     "ExecutedFlops": "capture.dispatch",
     "Frontier": "curve",
     "GreenTrainer": "training",
@@ -48,6 +50,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BudgetSpentError",
     "ExecutedFlops",
     "Frontier",
     "GreenTrainer",

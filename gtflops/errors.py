@@ -21,5 +21,9 @@ class InfeasibleBudgetError(GtflopsError):
     """No selection fits the budget; the message names the smallest budget that one fits."""
 
 
+class BudgetSpentError(GtflopsError):
+    """What a whole run may spend does not pay for the coming step; end the loop. The weights are as they were."""
+
+
 class SavedFileError(GtflopsError):
     """A saved file is damaged, or was written by another version of its format."""

@@ -1,4 +1,4 @@
-"""README is run: its Python as written, and its promises about files."""
+"""README and the documents are run: their Python as written, and their promises about files."""
 
 import re
 from pathlib import Path
@@ -14,6 +14,15 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), {})
+
+
+@pytest.mark.parametrize("name", ["budgets.md"])
+def test_documents_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{name} block {number}", "exec"), {})
 
 
 def test_there_are_blocks_and_the_two_commands() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import gtflops
 from gtflops.sources import Live
+from gtflops.training import EnergyMeter, JsonLines, Total, read_log
 from real_steps import counted_by_pytorch
 from small_models import build, padded_batch
 
@@ -319,9 +321,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
 def test_importance_is_averaged_over_batches_to_come() -> None:
     trainer, batches = trainer_for("llama")
     expected = gtflops.measure_importance(trainer.model, batches[:3], trainer.optimizer)
-    seen: list[Any] = []
-    trainer.fit(batches, measure_on=3, on_selection=seen.append)
-    assert dict(seen[0].selection.importance) == pytest.approx(expected)
+    first = trainer.fit(batches, measure_on=3).selections[0].selection
+    assert first is not None
+    assert dict(first.importance) == pytest.approx(expected)
     assert trainer.log.measuring_flops == (3 + 3 + 2) * trainer.profile.full_flops  # two batches are left at the end
 
 
@@ -359,3 +361,63 @@ def test_clipping() -> None:
     gtflops.GreenTrainer(model, optimizer, batch, None, max_grad_norm=0.01).fit([batch])
     moved = torch.cat([tensor.detach().flatten() for tensor in model.parameters()]) - before
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+# --- budgets that move, and who watches -------------------------------------------------------------------------
+
+
+def test_a_total_is_never_exceeded_and_nearly_spent() -> None:
+    model, batches = build("llama"), ragged(12, seed=3)
+    full = [gtflops.profile(model, batch).full_flops for batch in batches]
+    total = int(0.7 * sum(full))
+    trainer = gtflops.GreenTrainer(model, torch.optim.AdamW(model.parameters()), batches[0], Total(flops=total), 4)
+    log = trainer.fit(batches)
+    spent = log.planned_flops + log.measuring_flops
+    assert 0.85 * total < spent <= total
+    assert len({record.budget for record in log.selections}) > 1
+    assert log.stopped is None or "is spent" in log.stopped
+
+
+def test_a_run_ends_when_its_total_is_spent_and_says_so(tmp_path: Path) -> None:
+    """The later batches are longer than those that the total was spread over."""
+    model, batches = build("llama"), [padded_batch(3, 12)] * 6 + [padded_batch(3, 60)] * 6
+    costs = gtflops.profile(model, batches[0])
+    total = int(12 * 0.9 * costs.full_flops)
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = gtflops.GreenTrainer(model, optimizer, costs, Total(flops=total), 100)
+    log = trainer.fit(batches, checkpoints=tmp_path)
+    assert log.stopped is not None
+    assert log.stopped.startswith(f"Total(flops={total}) is spent")
+    assert 6 <= len(log.steps) < 12
+    assert log.planned_flops + log.measuring_flops <= total
+    (saved,) = tmp_path.iterdir()
+    assert saved.name == f"step-{len(log.steps):09d}"
+    with pytest.raises(gtflops.BudgetSpentError, match="is spent"):
+        trainer.step_boundary(batches[-1])
+
+
+def test_a_list_is_a_budget_for_each_epoch() -> None:
+    trainer, batches = trainer_for(budget=[0.5, None, 0.8], every=100)
+    log = trainer.fit(batches, epochs=3)
+    assert [(record.step, record.budget) for record in log.selections] == [(0, 0.5), (6, None), (12, 0.8)]
+    full = trainer.profile.full_flops
+    shares = [step.planned_flops / full for step in log.steps]
+    assert max(shares[:6]) <= 0.5 < 0.8 < min(shares[6:12]) == 1.0 > 0.8 >= max(shares[12:])
+    with pytest.raises(gtflops.InputError, match="the budget list has 3 entries and 4 epochs"):
+        trainer.fit(batches, epochs=4)
+
+
+def test_watchers_and_energy(tmp_path: Path) -> None:
+    model, batches = build("gpt2"), [padded_batch() for _ in range(5)]
+    meter = EnergyMeter(intensity=300.0, tracking="process")
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = gtflops.GreenTrainer(model, optimizer, batches[0], 0.6, 3, energy=meter)
+    log = trainer.fit(batches, watchers=[JsonLines(tmp_path / "log.jsonl")])
+    lines = read_log(tmp_path / "log.jsonl")
+    assert [line["record"] for line in lines] == ["selection", "step", "step", "step", "selection", "step", "step"]
+    assert [line["planned_flops"] for line in lines if line["record"] == "step"] == [
+        step.planned_flops for step in log.steps
+    ]
+    assert log.energy is not None
+    assert log.energy.co2_kg == pytest.approx(log.energy.kwh * 0.3)
+    assert log.energy.kwh > 0

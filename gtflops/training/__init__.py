@@ -1,6 +1,29 @@
-"""Training under a budget: the loop, what it writes down, and its checkpoints; needs torch."""
+"""Training under a budget: the loop, budgets that move, checkpoints, energy, and watching; needs torch."""
 
+from gtflops.training.budgets import Budget, CarbonAware, Progress, Total, budget_of
+from gtflops.training.energy import Energy, EnergyMeter
+from gtflops.training.intensity import IntensitySeries, read_intensity
 from gtflops.training.loop import GreenTrainer
 from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
+from gtflops.training.watching import JsonLines, ProgressBar, TensorBoard, Watcher, read_log
 
-__all__ = ["GreenTrainer", "SelectionRecord", "StepRecord", "TrainingLog"]
+__all__ = [
+    "Budget",
+    "CarbonAware",
+    "Energy",
+    "EnergyMeter",
+    "GreenTrainer",
+    "IntensitySeries",
+    "JsonLines",
+    "Progress",
+    "ProgressBar",
+    "SelectionRecord",
+    "StepRecord",
+    "TensorBoard",
+    "Total",
+    "TrainingLog",
+    "Watcher",
+    "budget_of",
+    "read_intensity",
+    "read_log",
+]

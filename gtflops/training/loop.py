@@ -5,9 +5,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -16,20 +16,26 @@ import torch
 
 from gtflops.capture import ExecutedFlops, Loss, call_model, loss_of
 from gtflops.capture.batches import describe_batch
-from gtflops.errors import GtflopsError, InfeasibleBudgetError, InputError
+from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError
 from gtflops.importance import measure_importance
 from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
 from gtflops.profiling import Profile, profile
-from gtflops.selection import Selection, select
+from gtflops.selection import Selection, selection_of
 from gtflops.training import checkpoints
+from gtflops.training.budgets import BudgetLike, ByEpoch, Progress, budget_of, share_of
+from gtflops.training.energy import Energy, EnergyMeter
 from gtflops.training.pricing import Prices
 from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
+from gtflops.training.watching import Watcher
 
 #: When to select anew: every so many optimizer steps, at the start of each epoch, or where a function of the number of
 #: steps made says so.
 Every: TypeAlias = int | Literal["epoch"] | Callable[[int], bool]
 #: Names of the tensors to train from a step on, given what steps cost: schemes that do not go by importance.
 Choose: TypeAlias = Callable[[Profile, int], Iterable[str]]
+
+#: Steps, besides the coming one, whose mean size a moving budget goes by.
+STEPS_SEEN = 20
 
 
 class Scheduler(Protocol):
@@ -55,14 +61,19 @@ class GreenTrainer:
         model: the model, in the mode to train it in.
         optimizer: one that holds every candidate.
         profile_or_batch: a :class:`gtflops.Profile` of this model, or a batch to profile it on.
-        budget: share of a full step's FLOPs that a step may cost, in (0, 1]; ``None`` trains every candidate, the full
-            fine-tuning to compare with.
+        budget: share of a full step's FLOPs that a step may cost, in (0, 1]; a list of them by epoch; a function of
+            :class:`gtflops.training.Progress`; a :class:`gtflops.training.Total` for the whole run, or
+            :class:`gtflops.training.CarbonAware`. It is asked at each selection. ``None`` trains every candidate, the
+            full fine-tuning to compare with.
         every: when to select anew: a number of optimizer steps, ``"epoch"``, or a function of the number of steps made.
         loss: ``loss(outputs, batch)``, a scalar tensor; ``outputs.loss`` without it.
         scheduler: stepped after each optimizer step of :meth:`fit`.
         choose: ``choose(profile, step)`` gives the names of the tensors to train until the next selection, in the place
             of a budget; nothing is measured.
         granularity, must_train, must_freeze, max_elements: as of :func:`gtflops.select`.
+        num_steps: optimizer steps of the run, for budgets that are spread over them; :meth:`fit` knows it for batches
+            that have a length.
+        energy: a :class:`gtflops.training.EnergyMeter`, on during :meth:`fit`.
         max_grad_norm: gradients of :meth:`fit` are clipped to it.
         count_executed: count what each step of :meth:`fit` executes, by gtflops' own table (some percent slower).
         allow_unsupported: count operators without a price as free, instead of refusing them.
@@ -95,7 +106,7 @@ class GreenTrainer:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         profile_or_batch: Any,
-        budget: float | None = 0.5,
+        budget: BudgetLike = 0.5,
         every: Every = 100,
         *,
         loss: Loss | None = None,
@@ -105,6 +116,8 @@ class GreenTrainer:
         must_train: Patterns = (),
         must_freeze: Patterns = (),
         max_elements: int | None = None,
+        num_steps: int | None = None,
+        energy: EnergyMeter | None = None,
         max_grad_norm: float | None = None,
         count_executed: bool = False,
         allow_unsupported: bool = False,
@@ -116,11 +129,14 @@ class GreenTrainer:
             )
         self.model = model
         self.optimizer = optimizer
-        self.budget = budget if choose is None else None
+        self.budget = budget_of(budget if choose is None else None)
         self.every = every
         self.loss = loss
         self.scheduler = scheduler
         self.choose = choose
+        self.num_steps = num_steps
+        self.num_epochs: int | None = None
+        self.energy = energy
         self.max_grad_norm = max_grad_norm
         self.count_executed = count_executed
         self.allow_unsupported = allow_unsupported
@@ -141,8 +157,6 @@ class GreenTrainer:
         self.profile.require_fit(model)
         if not allow_unsupported:
             self.profile.require_prices()
-        if budget is not None:
-            limit_of(self.profile, budget=budget)
         self.candidates = frozenset(name for name, tensor in model.named_parameters() if tensor.requires_grad)
         if not self.candidates:
             raise InputError("every tensor of the model is frozen, so there is nothing to select from; thaw some first")
@@ -151,8 +165,10 @@ class GreenTrainer:
         self.log = TrainingLog()
         self._chosen: frozenset[str] | None = None
         self._trained: frozenset[str] | None = None
-        self._allowed = 0
-        self._spent = 0
+        self._share: float | None = None
+        self._allowed, self._spent = self._before_step = 0, 0
+        self._seconds_before = 0.0
+        self._started: float | None = None
 
     # --- in any loop ----------------------------------------------------------------------------------------------
 
@@ -162,17 +178,22 @@ class GreenTrainer:
 
         Selects anew where that is due, on ``measure_on`` or else on the batches of the step; lets exactly the tensors
         to train require gradients; and writes down what the step will cost. InputError where gradients of an unfinished
-        step are there: tensors that are frozen with a gradient would be moved.
+        step are there: tensors that are frozen with a gradient would be moved. BudgetSpentError where the budget of a
+        whole run does not pay for the step.
         """
         if not batches:
             raise InputError("step_boundary() got no batch, expected those of the coming optimizer step")
         self._require_untouched()
         starts_epoch, self.epoch = epoch != self.epoch, epoch
-        if self._chosen is None or self._is_due(starts_epoch):
+        if self._chosen is None or self._is_due(len(self.log.steps), starts_epoch):
             self.select(*(batches if measure_on is None else measure_on))
         assert self._chosen is not None
         costs = [self._prices.of(batch) for batch in batches]
-        names, planned = self._within_budget(costs)
+        allowed, names, planned = self._within_budget(costs)
+        if reason := self.budget.exhausted(self._progress(costs), planned):
+            raise BudgetSpentError(reason)
+        self._before_step = self._allowed, self._spent
+        self._allowed, self._spent = allowed, self._spent + planned
         self._train_only(names)
         record = StepRecord(
             step=len(self.log.steps),
@@ -188,34 +209,74 @@ class GreenTrainer:
         """Choose the tensors to train from the next step on, by their importance on ``batches``."""
         self._require_no_gradients()
         started = time.perf_counter()
-        costs = self._prices.of(batches[0])
-        selection: Selection | None = None
+        costs = [self._prices.of(batch) for batch in batches]
+        self._share = self.budget.share(self._progress(costs[:1]))
         if self.choose is not None:
-            chosen = frozenset(self.choose(costs, len(self.log.steps)))
-        elif self.budget is None:
-            chosen = self.candidates
+            self.selection, chosen = None, frozenset(self.choose(costs[0], len(self.log.steps)))
+        elif self._share is None:
+            self.selection, chosen = None, self.candidates
         else:
-            measured = measure_importance(self.model, batches, self.optimizer, self.loss)
-            importance = {name: value if name in self.candidates else 0.0 for name, value in measured.items()}
-            selection = select(costs, importance, self.budget, **self._conditions)
-            chosen = frozenset(selection.names)
-            held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
-            thawed = [name for name, tensor in self.model.named_parameters() if name in measured and tensor in held]
-            self.log.measuring_flops += sum(self._prices.of(batch).step_flops(thawed).total for batch in batches)
-        self.selection, self._chosen = selection, chosen
+            self.selection = self._by_importance(batches, costs)
+            chosen = frozenset(self.selection.names)
+        self._chosen = chosen
         self._train_only(chosen)
         record = SelectionRecord(
             step=len(self.log.steps),
             epoch=self.epoch,
-            names=tuple(name for name in costs.names if name in chosen),
-            flops=costs.step_flops(chosen).total,
-            full_flops=costs.full_flops,
-            budget=self.budget,
+            names=tuple(name for name in costs[0].names if name in chosen),
+            flops=costs[0].step_flops(chosen).total,
+            full_flops=costs[0].full_flops,
+            budget=self._share,
             seconds=time.perf_counter() - started,
-            selection=selection,
+            selection=self.selection,
         )
         self.log.selections.append(record)
         return record
+
+    def _by_importance(self, batches: tuple[Any, ...], costs: list[Profile]) -> Selection:
+        held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
+        measured = [
+            name for name, tensor in self.model.named_parameters() if tensor in held and tensor.is_floating_point()
+        ]
+        flops = sum(cost.step_flops(measured).total for cost in costs)
+        if reason := self.budget.exhausted(self._progress(costs[:1]), flops):
+            raise BudgetSpentError(reason)
+        importance = measure_importance(self.model, batches, self.optimizer, self.loss)
+        self.log.measuring_flops += flops
+        importance = {name: value if name in self.candidates else 0.0 for name, value in importance.items()}
+        problem = Problem.of(costs[0], importance, **self._conditions)
+        # Asked again: what measuring took tells a budget of hours what a FLOP takes here.
+        smallest_share = share_of(problem.smallest, problem.full)
+        self._share = self.budget.share(self._progress(costs[:1], smallest_share, self._selections_left() * flops))
+        limit = limit_of(costs[0], budget=self._share)
+        return selection_of(problem, limit, problem.solve(limit))
+
+    def _selections_left(self) -> int:
+        """How many selections are still to come in the run, as far as that is known."""
+        if self.every == "epoch":
+            return max(0, (self.num_epochs or 1) - self.epoch - 1)
+        return sum(
+            self._is_due(step, starts_epoch=False) for step in range(len(self.log.steps) + 1, self.num_steps or 0)
+        )
+
+    def _progress(self, costs: Sequence[Profile], smallest_share: float = 0.0, measuring_left: int = 0) -> Progress:
+        """``costs`` are those of the coming step."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = now
+        seen = [*(step.full_flops for step in self.log.steps[-STEPS_SEEN:]), _total(costs, "all")]
+        return Progress(
+            step=len(self.log.steps),
+            num_steps=self.num_steps,
+            epoch=float(self.epoch),
+            spent_flops=self._spent + self.log.measuring_flops,
+            full_flops=sum(seen) / len(seen),
+            smallest_share=smallest_share,
+            measuring_flops_left=measuring_left,
+            seconds=self._seconds_before + now - self._started,
+            kwh=None if self.energy is None else self.energy.kwh,
+            time=time.time(),
+        )
 
     # --- the loop written out -------------------------------------------------------------------------------------
 
@@ -227,7 +288,7 @@ class GreenTrainer:
         accumulate: int = 1,
         measure_on: int = 1,
         on_step: Callable[[StepRecord], None] | None = None,
-        on_selection: Callable[[SelectionRecord], None] | None = None,
+        watchers: Sequence[Watcher] = (),
         checkpoints: str | Path | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
@@ -238,13 +299,15 @@ class GreenTrainer:
             batches: gone over again in each epoch, so an iterator has one epoch only.
             accumulate: batches whose gradients are averaged to make a step; what does not fill one is left out.
             measure_on: batches from the next step on that importance is averaged over.
-            on_step, on_selection: called with each record.
+            on_step: called with the record of each step.
+            watchers: told of each selection and step, as :class:`gtflops.training.JsonLines` is.
             checkpoints: a folder for checkpoints, each whole or absent: after every ``checkpoint_every`` steps, at the
                 end, and when Ctrl-C ends the run, after the step that it falls into (``log.stopped`` says so).
             resume: go on from the last checkpoint of that folder, as the same call without the stop would have: to the
                 bit, for the same batches, on the same machine.
 
-        A batch that fails, and a loss that is not finite, raise before the optimizer moves anything.
+        A batch that fails, and a loss that is not finite, raise before the optimizer moves anything. A budget of a
+        whole run that is spent ends the run, with the reason in ``log.stopped``.
         """
         if self.log.steps and resume:
             raise InputError("resume=True on a trainer that has made steps, expected a new one, built as the first was")
@@ -252,17 +315,35 @@ class GreenTrainer:
             raise InputError("resume=True without checkpoints, expected the folder that they were written to")
         folder = None if checkpoints is None else Path(checkpoints)
         run = _Run(self, batches, epochs, accumulate, measure_on, folder)
+        if run.num_steps is not None:
+            self.num_steps = len(self.log.steps) + run.num_steps
+        self.num_epochs = epochs
+        self.budget.check(self.num_steps, epochs)
+        self.optimizer.zero_grad(set_to_none=True)
         if resume:
             run.resume()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
-        with _interruption() as interrupted:
+        self.log.stopped = None
+        with ExitStack() as stack:
+            interrupted = stack.enter_context(_interruption())
+            if self.energy is not None:
+                stack.enter_context(self.energy)
+            for watcher in watchers:
+                watcher.on_start(len(self.log.steps), self.num_steps, resume)
+                stack.callback(watcher.on_end)
             for epoch, step_batches, upcoming in run:
                 selections = len(self.log.selections)
-                self.step_boundary(*step_batches, epoch=epoch, measure_on=upcoming)
-                if on_selection is not None and len(self.log.selections) > selections:
-                    on_selection(self.log.selections[-1])
+                try:
+                    self.step_boundary(*step_batches, epoch=epoch, measure_on=upcoming)
+                except BudgetSpentError as reason:
+                    self.log.stopped = str(reason)
+                    break
+                if len(self.log.selections) > selections:
+                    for watcher in watchers:
+                        watcher.on_selection(self.log.selections[-1])
                 record = self._step(step_batches)
+                run.steps_in_epoch += 1
+                for watcher in watchers:
+                    watcher.on_step(record)
                 if on_step is not None:
                     on_step(record)
                 if interrupted.is_set():
@@ -270,9 +351,11 @@ class GreenTrainer:
                     break
                 if folder is not None and checkpoint_every and len(self.log.steps) % checkpoint_every == 0:
                     run.save()
-        if folder is not None:
-            run.save()
-        if self.log.stopped is not None and folder is None:
+            if folder is not None:
+                run.save()
+            if self.energy is not None:
+                self.log.energy = self.energy.energy
+        if interrupted.is_set() and folder is None:
             raise KeyboardInterrupt
         return self.log
 
@@ -285,7 +368,7 @@ class GreenTrainer:
                 loss = sum(self._backward(batch, len(batches)) for batch in batches)
         except BaseException:
             self.log.steps.pop()
-            self._spent -= record.planned_flops
+            self._allowed, self._spent = self._before_step
             self.optimizer.zero_grad(set_to_none=True)
             raise
         if self.max_grad_norm is not None:
@@ -328,23 +411,21 @@ class GreenTrainer:
 
     # --- what to train --------------------------------------------------------------------------------------------
 
-    def _is_due(self, starts_epoch: bool) -> bool:
-        step = len(self.log.steps)
-        if self.every == "epoch":
+    def _is_due(self, step: int, starts_epoch: bool) -> bool:
+        if self.every == "epoch" or (starts_epoch and isinstance(self.budget, ByEpoch)):
             return starts_epoch
         return bool(self.every(step)) if callable(self.every) else step % self.every == 0
 
-    def _within_budget(self, costs: list[Profile]) -> tuple[frozenset[str], int]:
-        """What to train on batches of these costs so that the sum over steps is within the budget, and its FLOPs."""
+    def _within_budget(self, costs: list[Profile]) -> tuple[int, frozenset[str], int]:
+        """FLOPs that all steps may cost up to this one, what to train in it to stay within them, and its FLOPs."""
         assert self._chosen is not None
         names, planned = self._chosen, _total(costs, self._chosen)
-        if self.budget is None or self.selection is None:
-            return names, planned
-        self._allowed += part_of(self.budget, _total(costs, "all"))
-        if self._spent + planned > self._allowed:
-            names, planned = self._smaller(costs, self._allowed - self._spent)
-        self._spent += planned
-        return names, planned
+        if self._share is None or self.selection is None:
+            return self._allowed + planned, names, planned
+        allowed = self._allowed + part_of(self._share, _total(costs, "all"))
+        if self._spent + planned > allowed:
+            names, planned = self._smaller(costs, allowed - self._spent)
+        return allowed, names, planned
 
     def _smaller(self, costs: list[Profile], room: int) -> tuple[frozenset[str], int]:
         """The selection for a step of these costs and at most ``room`` FLOPs, or the cheapest where there is none."""
@@ -404,6 +485,9 @@ class GreenTrainer:
             "trained": None if self._trained is None else sorted(self._trained),
             "allowed": self._allowed,
             "spent": self._spent,
+            "share": self._share,
+            "seconds": self._seconds_before + (0.0 if self._started is None else time.perf_counter() - self._started),
+            "energy": None if self.energy is None else asdict(self.energy.energy),
             "log": self.log.to_json(),
         }
 
@@ -415,6 +499,9 @@ class GreenTrainer:
         self.selection = log.selections[-1].selection if log.selections else None
         self._chosen = None if state["chosen"] is None else frozenset(state["chosen"])
         self._allowed, self._spent = state["allowed"], state["spent"]
+        self._share, self._seconds_before, self._started = state["share"], state["seconds"], None
+        if self.energy is not None and state["energy"] is not None:
+            self.energy.continue_from(Energy(**state["energy"]))
         if state["trained"] is not None:
             self._train_only(frozenset(state["trained"]))
 
@@ -446,9 +533,16 @@ class _Run:
         self._measure_on = measure_on
         self._folder = folder
         self._epoch = 0
-        self._steps_in_epoch = 0
+        self.steps_in_epoch = 0
         self._at_start_of_epoch: Mapping[str, Any] | None = None
         self._after_skipping: Mapping[str, Any] | None = None
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the whole run; ``None`` for batches without a length."""
+        if not isinstance(self._batches, Sized):
+            return None
+        return len(self._batches) // self._accumulate * self._epochs
 
     def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...], list[Any]]]:
         """Epoch, batches of a step, and batches to measure importance on if that is due."""
@@ -457,7 +551,7 @@ class _Run:
             if self._at_start_of_epoch is None:
                 self._at_start_of_epoch = checkpoints.random_states()
             stream = iter(self._batches)
-            for _ in islice(stream, self._steps_in_epoch * self._accumulate):
+            for _ in islice(stream, self.steps_in_epoch * self._accumulate):
                 pass
             if self._after_skipping is not None:
                 checkpoints.restore_random_states(self._after_skipping)
@@ -465,12 +559,11 @@ class _Run:
             ahead: deque[Any] = deque(islice(stream, self._ahead))
             while len(ahead) >= self._accumulate:
                 step = tuple(islice(ahead, self._accumulate))
-                self._steps_in_epoch += 1
                 yield epoch, step, list(islice(ahead, self._measure_on))
                 for _ in step:
                     ahead.popleft()
                 ahead.extend(islice(stream, self._accumulate))
-            self._epoch, self._steps_in_epoch, self._at_start_of_epoch = epoch + 1, 0, None
+            self._epoch, self.steps_in_epoch, self._at_start_of_epoch = epoch + 1, 0, None
 
     def save(self) -> None:
         assert self._folder is not None
@@ -484,7 +577,7 @@ class _Run:
         progress = {
             "trainer": trainer.state_dict(),
             "epoch": self._epoch,
-            "steps_in_epoch": self._steps_in_epoch,
+            "steps_in_epoch": self.steps_in_epoch,
             "accumulate": self._accumulate,
         }
         checkpoints.write(self._folder, len(trainer.log.steps), trainer.model, states, progress)
@@ -499,13 +592,11 @@ class _Run:
                 f"{checkpoint.path} is of a run with accumulate={progress['accumulate']}, expected the same, not "
                 f"{self._accumulate}"
             )
-        trainer.optimizer.zero_grad(set_to_none=True)
         trainer.load_state_dict(progress["trainer"])
         trainer.optimizer.load_state_dict(states["optimizer"])
         if trainer.scheduler is not None and states["scheduler"] is not None:
             trainer.scheduler.load_state_dict(states["scheduler"])
-        trainer.log.stopped = None
-        self._epoch, self._steps_in_epoch = progress["epoch"], progress["steps_in_epoch"]
+        self._epoch, self.steps_in_epoch = progress["epoch"], progress["steps_in_epoch"]
         self._at_start_of_epoch = states["random_at_start_of_epoch"]
         if self._at_start_of_epoch is None:
             checkpoints.restore_random_states(states["random"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from gtflops.profiling import Profile
 from gtflops.selection import Selection
+from gtflops.training.energy import Energy
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +85,14 @@ class StepRecord:
 class TrainingLog:
     """What was trained, in order. FLOPs of training steps; each selection adds about one full step to measure.
 
-    ``stopped`` says why a run ended before its batches did.
+    ``stopped`` says why a run ended before its batches did, ``energy`` what it took, where that was measured.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
     selections: list[SelectionRecord] = field(default_factory=list)
     measuring_flops: int = 0
     stopped: str | None = None
+    energy: Energy | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` is the inverse."""
@@ -99,6 +101,7 @@ class TrainingLog:
             "selections": [record.to_json() for record in self.selections],
             "measuring_flops": self.measuring_flops,
             "stopped": self.stopped,
+            "energy": None if self.energy is None else asdict(self.energy),
         }
 
     @classmethod
@@ -109,6 +112,7 @@ class TrainingLog:
             selections=[SelectionRecord.from_json(record, profile) for record in data["selections"]],
             measuring_flops=data["measuring_flops"],
             stopped=data["stopped"],
+            energy=None if data["energy"] is None else Energy(**data["energy"]),
         )
 
     @property
