@@ -125,7 +125,7 @@ def resumed(folder: Path) -> gtflops.GreenTrainer:
     return trainer
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "states.pt", "progress.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "states.pt", "progress.json", "SHA256SUMS"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_a_damaged_checkpoint_is_refused(written: Path, name: str, damage: str) -> None:
     last = max(written.iterdir())

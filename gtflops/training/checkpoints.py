@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 KEPT = 2
 
 _WEIGHTS, _STATES, _PROGRESS = "model.safetensors", "states.pt", "progress.json"
+#: Digests of the others, in the format of the command ``sha256sum``.
+_SUMS = "SHA256SUMS"
 _UNFINISHED = ".unfinished-"
 
 
@@ -54,13 +56,11 @@ def write(
             "format_version": FORMAT_VERSION,
             "step": step,
             "model": _layout(model),
-            "sha256": {name: _digest(unfinished / name) for name in (_WEIGHTS, _STATES)},
             "progress": dict(progress),
         }
-        text = json.dumps(content)
-        (unfinished / _PROGRESS).write_text(
-            json.dumps({**content, "sha256_of_this": hashlib.sha256(text.encode()).hexdigest()}), encoding="utf-8"
-        )
+        (unfinished / _PROGRESS).write_text(json.dumps(content), encoding="utf-8")
+        sums = [f"{_digest(unfinished / name)}  {name}\n" for name in (_WEIGHTS, _STATES, _PROGRESS)]
+        (unfinished / _SUMS).write_text("".join(sums), encoding="utf-8")
         for path in (*unfinished.iterdir(), unfinished):
             _bring_to_disk(path)
         if final.exists():  # a run that went back to an earlier checkpoint comes by here again
@@ -95,21 +95,19 @@ def read_last(folder: Path, model: torch.nn.Module) -> Checkpoint:
     path = complete[-1]
     others = f"remove it to resume from {complete[-2].name}" if len(complete) > 1 else "there is none before it"
     try:
-        content = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
-        digest = content.pop("sha256_of_this")
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise SavedFileError(
-                f"the checkpoint {path} has format version {version!r}, expected {FORMAT_VERSION}: it was written by "
-                "another version of gtflops"
-            )
-        whole = hashlib.sha256(json.dumps(content).encode()).hexdigest() == digest
-        damaged = [] if whole else [_PROGRESS]
-        damaged += [name for name, known in content["sha256"].items() if _digest(path / name) != known]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+        damaged = [name for name in (_WEIGHTS, _STATES, _PROGRESS) if sums.get(name) != _digest(path / name)]
+        content = {} if damaged else json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise SavedFileError(f"the checkpoint {path} is damaged: {error}; {others}") from error
     if damaged:
         raise SavedFileError(f"the checkpoint {path} is damaged: {' and '.join(damaged)} changed; {others}")
+    if content["format_version"] != FORMAT_VERSION:
+        raise SavedFileError(
+            f"the checkpoint {path} has format version {content['format_version']!r}, expected {FORMAT_VERSION}: "
+            "it was written by another version of gtflops"
+        )
     here, there = _layout(model), content["model"]
     different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if different:
