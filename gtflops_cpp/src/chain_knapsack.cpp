@@ -9,6 +9,7 @@
 
 #include "plan.hpp"
 #include "plan_search.hpp"
+#include "solve.hpp"
 
 namespace gtflops {
 namespace {
@@ -90,9 +91,14 @@ Solution summed(const ChainProblem& problem, const PlanChoice& choice) {
 
 }  // namespace
 
-Solution solve_chain(const ChainProblem& problem, const SolveOptions& options) {
+Solution solve_chain(const ChainProblem& problem, const SolveOptions& options, const Limits& limits) {
     check(problem);
-    return summed(problem, search_plan(plan_of(problem), problem.importance, problem.capacity, options));
+    return summed(problem,
+                  search_plan(plan_of(problem), problem.importance, problem.capacity, options, limits));
+}
+
+Solution solve_chain(const ChainProblem& problem, const SolveOptions& options) {
+    return solve_chain(problem, options, Limits{});
 }
 
 }  // namespace gtflops

@@ -5,6 +5,7 @@
 
 #include "graph_plan.hpp"
 #include "plan_search.hpp"
+#include "solve.hpp"
 
 namespace gtflops {
 
@@ -13,17 +14,22 @@ GraphKnapsack::GraphKnapsack(IndexRows dependencies, IndexRows tensor_segments,
     : closure_(dependencies, tensor_segments, costs, 1),
       plan_(std::make_shared<const Plan>(plan_graph(dependencies, tensor_segments, costs))) {}
 
-Solution GraphKnapsack::solve(std::span<const double> importance, std::int64_t capacity,
-                              const SolveOptions& options) const {
-    check_request(importance, num_tensors(), capacity);
-    const PlanChoice choice = search_plan(*plan_, importance, capacity, options);
-    Solution solution{std::vector<std::uint8_t>(num_tensors()), 0, 0, 0, choice.optimal};
+Solution solve_graph(const Plan& plan, const ClosureCosts& closure, std::span<const double> importance,
+                     std::int64_t capacity, const SolveOptions& options, const Limits& limits) {
+    const std::size_t num_tensors = closure.num_tensors();
+    check_request(importance, num_tensors, capacity);
+    const PlanChoice choice = search_plan(plan, importance, capacity, options, limits);
+    Solution solution{std::vector<std::uint8_t>(num_tensors), 0, 0, 0, choice.optimal};
     for (const std::uint32_t tensor : choice.tensors) solution.mask[tensor] = 1;
-    for (std::size_t k = 0; k < num_tensors(); ++k)
-        solution.value += solution.mask[k] != 0 ? importance[k] : 0;
-    solution.cost = closure_.costs(solution.mask, 1)[0];
+    for (std::size_t k = 0; k < num_tensors; ++k) solution.value += solution.mask[k] != 0 ? importance[k] : 0;
+    solution.cost = closure.costs(solution.mask, 1)[0];
     solution.upper_bound = choice.optimal ? solution.value : std::max(solution.value, choice.upper_bound);
     return solution;
+}
+
+Solution GraphKnapsack::solve(std::span<const double> importance, std::int64_t capacity,
+                              const SolveOptions& options) const {
+    return solve_graph(*plan_, closure_, importance, capacity, options, Limits{});
 }
 
 }  // namespace gtflops

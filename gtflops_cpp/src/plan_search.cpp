@@ -60,9 +60,11 @@ bool denser(const Step& a, const Step& b) {
     return a.option < b.option;
 }
 
+/// The quotient rounded down; 2^62, which no sum of values reaches, where it is that or more.
 std::int64_t floor_divide(Wide numerator, std::int64_t denominator) {
-    const Wide quotient = numerator / denominator;
-    return static_cast<std::int64_t>(quotient - (numerator % denominator < 0 ? 1 : 0));
+    constexpr Wide kMost = Wide{1} << 62;
+    const Wide quotient = numerator / denominator - (numerator % denominator < 0 ? 1 : 0);
+    return static_cast<std::int64_t>(std::clamp(quotient, -kMost, kMost));
 }
 
 // ---------------------------------------------------------------------------------------------- the instance
@@ -428,10 +430,11 @@ void improve_greedily(const Knapsack& knapsack, Incumbent& incumbent) {
 /// both weight and value, nor one that cannot become better than the incumbent.
 class CoreSearch {
   public:
-    CoreSearch(const Instance& instance, std::size_t max_states, Patience& patience)
+    CoreSearch(const Instance& instance, std::size_t max_states, std::size_t halve_at, Patience& patience)
         : instance_(instance),
           states_left_(std::min<std::size_t>(max_states, kRoot)),  // nodes are 32 bits
           merges_left_(states_left_ * kMergesPerState),
+          halve_at_(halve_at),
           patience_(patience) {}
 
     /// Raises the incumbent, at least the greedy choice, to the best of this knapsack if that is better.
@@ -451,7 +454,7 @@ class CoreSearch {
         move_to_open_steps();
 
         bool completed = true;
-        std::size_t halve_at = kHalveAt;
+        std::size_t halve_at = halve_at_;
         for (bool adding = true; !states_.empty() && (can_add() || can_remove()); adding = !adding) {
             if (adding ? !can_add() : !can_remove()) continue;
             if (states_.size() >= halve_at) {
@@ -492,8 +495,6 @@ class CoreSearch {
     static constexpr std::uint32_t kRoot = std::numeric_limits<std::uint32_t>::max();
     /// States that are looked at again and again without new ones to record take time, too.
     static constexpr std::size_t kMergesPerState = 16;
-    /// How long a list is when it is first tried to leave the rest to a second one.
-    static constexpr std::size_t kHalveAt = std::size_t{1} << 16;
 
     bool can_add() const { return add_ < knapsack_->ranks.size(); }
     bool can_remove() const { return remove_end_ > 0; }
@@ -678,6 +679,7 @@ class CoreSearch {
     const Instance& instance_;
     std::size_t states_left_;
     std::size_t merges_left_;
+    std::size_t halve_at_;
     Patience& patience_;
     const Knapsack* knapsack_ = nullptr;
     std::vector<bool> in_core_;   // by group
@@ -766,11 +768,13 @@ class Lagrangian {
 /// The search over the walks of a plan.
 class WalkSearch {
   public:
-    WalkSearch(const Instance& instance, std::int64_t capacity, std::size_t max_states, Patience& patience)
+    WalkSearch(const Instance& instance, std::int64_t capacity, std::size_t max_states, double few_walks,
+               Patience& patience)
         : instance_(instance),
           plan_(instance.plan),
           capacity_(capacity),
           max_states_(max_states),
+          few_walks_(few_walks),
           patience_(patience),
           relaxation_(instance) {}
 
@@ -778,7 +782,7 @@ class WalkSearch {
     /// left out.
     std::int64_t run(Incumbent& incumbent) {
         std::optional<Lagrangian> lagrangian;
-        if (num_walks() > kFewWalks) {
+        if (num_walks() > few_walks_) {
             lagrangian.emplace(instance_, capacity_);
             find_best_price(*lagrangian, incumbent);
         }
@@ -803,7 +807,6 @@ class WalkSearch {
         std::uint32_t group;
         std::int64_t capacity;
     };
-    static constexpr double kFewWalks = 20'000;
 
     double num_walks() const {
         std::vector<double> of_node(plan_.nodes.size());
@@ -939,6 +942,7 @@ class WalkSearch {
     const Plan& plan_;
     std::int64_t capacity_;
     std::size_t max_states_;
+    double few_walks_;
     Patience& patience_;
     Relaxation relaxation_;
     std::vector<Visit> visits_;
@@ -950,13 +954,13 @@ class WalkSearch {
 }  // namespace
 
 PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std::int64_t capacity,
-                       const SolveOptions& options) {
+                       const SolveOptions& options, const Limits& limits) {
     const Instance instance = prepare(plan, importance, capacity);
     if (instance.steps.empty()) return {};
 
     Patience patience(options.interrupted);
     Incumbent incumbent;
-    WalkSearch search(instance, capacity, options.max_states, patience);
+    WalkSearch search(instance, capacity, options.max_states, limits.few_walks, patience);
     std::int64_t bound = search.run(incumbent);
     std::vector<Walk>& walks = search.walks();
     std::ranges::stable_sort(walks, std::ranges::greater{}, &Walk::bound);
@@ -966,7 +970,7 @@ PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std
         improve_greedily(search.knapsack(walk), incumbent);
     }
 
-    CoreSearch core(instance, options.max_states, patience);
+    CoreSearch core(instance, options.max_states, limits.halve_at, patience);
     for (auto walk = walks.cbegin(); walk != walks.cend() && walk->bound > incumbent.value; ++walk) {
         patience.spend(instance.steps.size());
         const std::int64_t walk_bound = std::min(walk->bound, core.run(search.knapsack(*walk), incumbent));

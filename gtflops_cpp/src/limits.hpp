@@ -1,0 +1,24 @@
+#pragma once
+
+#include <cstddef>
+
+namespace gtflops {
+
+/// When the solver changes its ways. Any values give correct answers; tests force the rare ways with small
+/// ones.
+struct Limits {
+    /// On planning a graph: an effort of under a second.
+    std::size_t max_plan_work = 50'000'000;
+
+    /// On the segments of a block that is planned: sets of all their pairs, and a recursion over them, are
+    /// kept small enough for any stack.
+    std::size_t max_block_size = 4096;
+
+    /// The most walks whose bounds are all computed; more are enumerated under a Lagrangian bound.
+    double few_walks = 20'000;
+
+    /// How long a list of partial selections is when it is first tried to leave the rest to a second one.
+    std::size_t halve_at = std::size_t{1} << 16;
+};
+
+}  // namespace gtflops
