@@ -381,6 +381,7 @@ class BlockPlanner {
     /// Walks down all segments in order that stop anywhere; that is not all that there is.
     Entry left_open(const Set& undecided) {
         Entry entry;
+        plan_.has_open = true;
         const Indices segments = members_of(undecided);
         for (auto s = segments.rbegin(); s != segments.rend(); ++s) {
             const Indices& groups = block_.groups[*s];

@@ -14,6 +14,10 @@ struct Limits {
     /// kept small enough for any stack.
     std::size_t max_block_size = 4096;
 
+    /// On the linear relaxation of a graph that is not planned to its end: an effort of some tenths of a
+    /// second.
+    std::size_t max_relaxation_work = 100'000'000;
+
     /// The most walks whose bounds are all computed; more are enumerated under a Lagrangian bound.
     double few_walks = 20'000;
 

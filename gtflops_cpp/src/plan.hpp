@@ -46,6 +46,7 @@ struct Plan {
     std::vector<std::uint32_t> arc_groups;
     std::vector<Node> nodes;
     Arc start;
+    bool has_open = false;  // some walks are left out
 
     std::uint32_t add_group(std::span<const std::uint32_t> members, std::span<const Piece> costs) {
         const auto tensors_begin = static_cast<std::uint32_t>(tensors.size());

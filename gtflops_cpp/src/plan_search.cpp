@@ -10,6 +10,8 @@
 #include <string>
 #include <tuple>
 
+#include "patience.hpp"
+
 // The answer is the best over the *walks* of a plan: with what a walk pays for in common taken off the
 // capacity, a multiple-choice knapsack over its groups is left. Few walks need solving:
 //
@@ -92,6 +94,7 @@ struct Instance {
     std::vector<Step> steps{};                  // by density
     std::vector<std::uint32_t> ranks{};         // positions in `steps`, group by group
     std::vector<std::uint32_t> rank_begin{};    // of each group, and the end
+    std::vector<std::int64_t> tensor_values{};  // in fixed point
 
     std::span<const Option> options_of(std::uint32_t group) const {
         return std::span(options).subspan(option_begin[group], option_begin[group + 1] - option_begin[group]);
@@ -231,7 +234,7 @@ Instance prepare(const Plan& plan, std::span<const double> importance, std::int6
     Instance instance{.plan = plan};
     std::vector<std::int64_t> room = cheapest_access(plan, capacity);
     for (std::int64_t& left : room) left = left < 0 ? -1 : capacity - left;
-    std::vector<std::int64_t> values;
+    std::vector<std::int64_t>& values = instance.tensor_values;
     instance.values = scale_values(importance, affordable_tensors(plan, importance, room), values);
 
     instance.options.reserve(2 * num_groups);
@@ -325,28 +328,10 @@ struct Walk {
     std::uint32_t visit;    // the last one
 };
 
-/// The best choice so far.
+/// The best choice so far; no options where that is the one known before.
 struct Incumbent {
     std::int64_t value = 0;
     std::vector<std::uint32_t> options;
-};
-
-/// Asks the caller now and then whether to go on.
-class Patience {
-  public:
-    explicit Patience(const std::function<bool()>& interrupted) : interrupted_(interrupted) {}
-
-    void spend(std::size_t steps) {
-        spent_ += steps;
-        if (spent_ < kStepsBetweenQuestions) return;
-        spent_ = 0;
-        if (interrupted_ && interrupted_()) throw Interrupted();
-    }
-
-  private:
-    static constexpr std::size_t kStepsBetweenQuestions = std::size_t{1} << 19;  // a few milliseconds
-    const std::function<bool()>& interrupted_;
-    std::size_t spent_ = 0;
 };
 
 // ------------------------------------------------------------------------------------- one walk's knapsack
@@ -954,12 +939,15 @@ class WalkSearch {
 }  // namespace
 
 PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std::int64_t capacity,
-                       const SolveOptions& options, const Limits& limits) {
+                       const SolveOptions& options, const Limits& limits,
+                       std::span<const std::uint8_t> known) {
     const Instance instance = prepare(plan, importance, capacity);
     if (instance.steps.empty()) return {};
 
     Patience patience(options.interrupted);
     Incumbent incumbent;
+    for (std::size_t k = 0; k < known.size(); ++k)
+        incumbent.value += known[k] != 0 ? instance.tensor_values[k] : 0;
     WalkSearch search(instance, capacity, options.max_states, limits.few_walks, patience);
     std::int64_t bound = search.run(incumbent);
     std::vector<Walk>& walks = search.walks();
@@ -981,6 +969,11 @@ PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std
     }
 
     PlanChoice choice;
+    if (incumbent.options.empty()) {
+        for (std::uint32_t k = 0; k < known.size(); ++k) {
+            if (known[k] != 0) choice.tensors.push_back(k);
+        }
+    }
     for (const std::uint32_t index : incumbent.options) {
         const Option& option = instance.options[index];
         const std::span<const std::uint32_t> tensors = plan.tensors_of(plan.groups[option.group]);

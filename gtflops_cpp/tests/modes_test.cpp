@@ -71,6 +71,7 @@ Mode any_mode(Draw& draw) {
         default:
             break;
     }
+    if (draw(3) == 0) mode.limits.max_relaxation_work = static_cast<std::size_t>(draw(3000));
     if (draw(3) == 0) mode.max_states = static_cast<std::size_t>(1 + draw(50));
     return mode;
 }
