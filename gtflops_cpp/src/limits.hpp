@@ -18,8 +18,13 @@ struct Limits {
     /// second.
     std::size_t max_relaxation_work = 100'000'000;
 
-    /// The most walks whose bounds are all computed; more are enumerated under a Lagrangian bound.
+    /// The most walks whose bounds are all computed, or as many for each node of the plan if that is more;
+    /// still more are enumerated under a Lagrangian bound.
     double few_walks = 20'000;
+    double few_walks_per_node = 4;
+
+    /// On trying walks greedily, in steps looked at: an effort of some tens of milliseconds.
+    std::size_t max_greedy_work = std::size_t{1} << 24;
 
     /// How long a list of partial selections is when it is first tried to leave the rest to a second one.
     std::size_t halve_at = std::size_t{1} << 16;

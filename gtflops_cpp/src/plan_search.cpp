@@ -720,6 +720,9 @@ class Lagrangian {
         return gain(arc) + std::max(open, arc.next == Plan::kEnd ? 0 : best_below_[arc.next]);
     }
 
+    /// Whether the best walk from a node includes its segments.
+    bool includes(const Plan::Node& node) const { return best(node.include) > best(node.exclude); }
+
     /// The bound of all walks with these gains.
     Wide bound(Wide gains) const { return Wide{capacity_} * price_.value + gains; }
     bool beats(Wide gains, std::int64_t value) const {
@@ -753,13 +756,15 @@ class Lagrangian {
 /// The search over the walks of a plan.
 class WalkSearch {
   public:
-    WalkSearch(const Instance& instance, std::int64_t capacity, std::size_t max_states, double few_walks,
+    WalkSearch(const Instance& instance, std::int64_t capacity, std::size_t max_states, const Limits& limits,
                Patience& patience)
         : instance_(instance),
           plan_(instance.plan),
           capacity_(capacity),
           max_states_(max_states),
-          few_walks_(few_walks),
+          few_walks_(std::max(limits.few_walks,
+                              limits.few_walks_per_node * static_cast<double>(instance.plan.nodes.size()))),
+          greedy_work_left_(limits.max_greedy_work),
           patience_(patience),
           relaxation_(instance) {}
 
@@ -772,10 +777,12 @@ class WalkSearch {
             find_best_price(*lagrangian, incumbent);
         }
         enumerate(lagrangian ? &*lagrangian : nullptr, incumbent);
+        try_best_walks(incumbent);
         return left_out_;
     }
 
-    std::vector<Walk>& walks() { return walks_; }
+    /// The highest bound first.
+    const std::vector<Walk>& walks() const { return walks_; }
     Knapsack knapsack(const Walk& walk) const { return {instance_, walk, visits_}; }
 
   private:
@@ -783,10 +790,11 @@ class WalkSearch {
     struct Frame {
         std::uint32_t node;
         std::uint32_t visit;
-        std::int64_t left;       // of the capacity
-        std::size_t num_let_in;  // before it
-        Wide gains;
-        bool excluded;
+        std::int64_t left;           // of the capacity
+        std::size_t num_let_in = 0;  // before it
+        Wide gains = 0;
+        bool include_first = false;
+        bool one_done = false;
     };
     struct LetIn {
         std::uint32_t group;
@@ -845,10 +853,10 @@ class WalkSearch {
             weight += lagrangian.weight(*arc);
             visit = visited(*arc, visit);
             if (arc->next == Plan::kEnd) break;
-            const auto& [exclude, include] = plan_.nodes[arc->next];
-            arc = lagrangian.best(exclude) >= lagrangian.best(include) ? &exclude : &include;
+            const Plan::Node& node = plan_.nodes[arc->next];
+            arc = lagrangian.includes(node) ? &node.include : &node.exclude;
         }
-        if (left >= 0) improve_greedily(knapsack({0, units(left), visit}), incumbent);
+        if (left >= 0) try_greedily({0, units(left), visit}, incumbent);
         visits_.resize(num_visits);
         return weight <= units(capacity_);
     }
@@ -872,7 +880,9 @@ class WalkSearch {
                              .left = from.left - arc.cost,
                              .num_let_in = num_let_in,
                              .gains = lagrangian == nullptr ? 0 : from.gains + lagrangian->gain(arc),
-                             .excluded = false};
+                             .include_first = lagrangian != nullptr && arc.next != Plan::kEnd &&
+                                              lagrangian->includes(plan_.nodes[arc.next]),
+                             .one_done = false};
             for (const std::uint32_t group : plan_.groups_of(arc)) {
                 let_in_.push_back({group, units(here.left)});
                 relaxation_.change(group, units(here.left), +1);
@@ -886,23 +896,21 @@ class WalkSearch {
                 leave_to(num_let_in);
             }
         };
-        follow(
-            plan_.start,
-            {.node = 0, .visit = kNoVisit, .left = capacity_, .num_let_in = 0, .gains = 0, .excluded = false},
-            0);
+        follow(plan_.start, Frame{.node = 0, .visit = kNoVisit, .left = capacity_}, 0);
         while (!stack.empty()) {
             patience_.spend(1);
             if (lagrangian != nullptr && visits_.size() + walks_.size() > max_states_) {
                 left_out_ = std::max(left_out_, lagrangian->floor_bound(lagrangian->best(plan_.start)));
                 return;
             }
-            if (Frame& here = stack.back(); !here.excluded) {
-                here.excluded = true;
-                follow(plan_.nodes[here.node].exclude, Frame(here), let_in_.size());
+            const auto& [exclude, include] = plan_.nodes[stack.back().node];
+            if (Frame& here = stack.back(); !here.one_done) {
+                here.one_done = true;
+                follow(here.include_first ? include : exclude, Frame(here), let_in_.size());
             } else {  // the last arc of the node: what it lets in leaves with what its node let in
                 const Frame last = here;
                 stack.pop_back();
-                follow(plan_.nodes[last.node].include, last, last.num_let_in);
+                follow(last.include_first ? exclude : include, last, last.num_let_in);
             }
         }
     }
@@ -918,9 +926,24 @@ class WalkSearch {
     void add_walk(const Walk& walk, bool try_now, Incumbent& incumbent) {
         if (walk.bound <= incumbent.value) return;
         walks_.push_back(walk);
-        if (!try_now) return;
-        patience_.spend(instance_.steps.size());
+        if (try_now) try_greedily(walk, incumbent);
+    }
+
+    /// As long as there is work left for it. Returns whether there was.
+    bool try_greedily(const Walk& walk, Incumbent& incumbent) {
+        const std::size_t work = instance_.steps.size() + plan_.groups.size();
+        if (work > greedy_work_left_) return false;
+        greedy_work_left_ -= work;
+        patience_.spend(work);
         improve_greedily(knapsack(walk), incumbent);
+        return true;
+    }
+
+    void try_best_walks(Incumbent& incumbent) {
+        std::ranges::stable_sort(walks_, std::ranges::greater{}, &Walk::bound);
+        for (const Walk& walk : walks_) {
+            if (walk.bound <= incumbent.value || !try_greedily(walk, incumbent)) break;
+        }
     }
 
     const Instance& instance_;
@@ -928,6 +951,7 @@ class WalkSearch {
     std::int64_t capacity_;
     std::size_t max_states_;
     double few_walks_;
+    std::size_t greedy_work_left_;
     Patience& patience_;
     Relaxation relaxation_;
     std::vector<Visit> visits_;
@@ -948,20 +972,16 @@ PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std
     Incumbent incumbent;
     for (std::size_t k = 0; k < known.size(); ++k)
         incumbent.value += known[k] != 0 ? instance.tensor_values[k] : 0;
-    WalkSearch search(instance, capacity, options.max_states, limits.few_walks, patience);
+    WalkSearch search(instance, capacity, options.max_states, limits, patience);
     std::int64_t bound = search.run(incumbent);
-    std::vector<Walk>& walks = search.walks();
-    std::ranges::stable_sort(walks, std::ranges::greater{}, &Walk::bound);
-    for (const Walk& walk : walks) {
-        if (walk.bound <= incumbent.value) break;
-        patience.spend(instance.steps.size());
-        improve_greedily(search.knapsack(walk), incumbent);
-    }
+    const std::vector<Walk>& walks = search.walks();
 
     CoreSearch core(instance, options.max_states, limits.halve_at, patience);
     for (auto walk = walks.cbegin(); walk != walks.cend() && walk->bound > incumbent.value; ++walk) {
         patience.spend(instance.steps.size());
-        const std::int64_t walk_bound = std::min(walk->bound, core.run(search.knapsack(*walk), incumbent));
+        const Knapsack knapsack = search.knapsack(*walk);
+        improve_greedily(knapsack, incumbent);
+        const std::int64_t walk_bound = std::min(walk->bound, core.run(knapsack, incumbent));
         if (walk_bound <= incumbent.value) continue;
         // The states ran out: the walks not searched are open up to their bounds, the next one's the highest.
         bound = std::max({bound, walk_bound, walk + 1 != walks.cend() ? (walk + 1)->bound : 0});

@@ -59,7 +59,11 @@ struct Mode {
 
 Mode any_mode(Draw& draw) {
     Mode mode;
-    if (draw(2) == 0) mode.limits.few_walks = static_cast<double>(draw.of<std::int64_t>({0, 0, 3}));
+    if (draw(2) == 0) {
+        mode.limits.few_walks = static_cast<double>(draw.of<std::int64_t>({0, 0, 3}));
+        mode.limits.few_walks_per_node = 0;
+    }
+    if (draw(3) == 0) mode.limits.max_greedy_work = static_cast<std::size_t>(draw(60));
     if (draw(2) == 0) mode.limits.halve_at = static_cast<std::size_t>(draw.of<std::int64_t>({0, 1, 2, 5}));
     switch (draw(4)) {
         case 0:
