@@ -22,9 +22,7 @@ void check(const ChainProblem& problem) {
                                     std::to_string(problem.importance.size()) +
                                     " elements; expected one element a tensor in each");
     }
-    if (n > std::numeric_limits<std::uint32_t>::max() / 2) {
-        throw std::invalid_argument("more than 2^31 - 1 tensors are not supported");
-    }
+    if (n > Plan::kMaxSize) throw std::invalid_argument("more than 2^28 tensors are not supported");
     std::int64_t cost = 0;
     for (std::size_t k = 0; k < n; ++k) {
         for (const auto& [name, value] : {std::pair{"dw", problem.dw[k]}, std::pair{"dy", problem.dy[k]}}) {

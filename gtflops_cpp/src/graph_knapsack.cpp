@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -12,10 +14,18 @@
 #include "solve.hpp"
 
 namespace gtflops {
+namespace {
+
+IndexRows within_limit(IndexRows rows, const char* rows_of) {
+    if (rows.offsets.size() <= Plan::kMaxSize + 1) return rows;
+    throw std::invalid_argument("more than 2^28 " + std::string(rows_of) + " are not supported");
+}
+
+}  // namespace
 
 GraphKnapsack::GraphKnapsack(IndexRows dependencies, IndexRows tensor_segments,
                              std::span<const std::int64_t> costs)
-    : closure_(dependencies, tensor_segments, costs, 1),
+    : closure_(within_limit(dependencies, "segments"), within_limit(tensor_segments, "tensors"), costs, 1),
       plan_(std::make_shared<const Plan>(plan_graph(dependencies, tensor_segments, costs))) {}
 
 Solution solve_graph(const Plan& plan, const ClosureCosts& closure, std::span<const double> importance,

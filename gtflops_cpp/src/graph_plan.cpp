@@ -314,6 +314,7 @@ class BlockPlanner {
     }
 
     Plan::Arc arc(std::int64_t cost, const Indices& groups, const Entry& entry) {
+        spend(4 * (groups.size() + entry.groups.size() + entry.open.size()));  // copies, which take memory
         Plan::Arc result{.cost = cost, .next = entry.next};
         const auto append = [this](const Indices& values) {
             plan_.arc_groups.insert(plan_.arc_groups.end(), values.begin(), values.end());
