@@ -199,7 +199,7 @@ std::uint64_t instance = 0;  // the one looked at
 }  // namespace
 
 int main(int argc, char** argv) {
-    const std::uint64_t num_instances = argc > 1 ? std::stoull(argv[1]) : 10'000;
+    const std::uint64_t num_instances = argc > 1 ? std::stoull(argv[1]) : 5'000;
     const std::uint64_t seed = argc > 2 ? std::stoull(argv[2]) : 1;
     std::atexit([] { std::cout << "instance " << instance << '\n'; });
     std::size_t num_solves = 0;
