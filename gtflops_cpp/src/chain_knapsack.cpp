@@ -9,6 +9,7 @@
 
 #include "plan.hpp"
 #include "plan_search.hpp"
+#include "solve.hpp"
 
 namespace gtflops {
 namespace {
@@ -21,9 +22,7 @@ void check(const ChainProblem& problem) {
                                     std::to_string(problem.importance.size()) +
                                     " elements; expected one element a tensor in each");
     }
-    if (n > std::numeric_limits<std::uint32_t>::max() / 2) {
-        throw std::invalid_argument("more than 2^31 - 1 tensors are not supported");
-    }
+    if (n > Plan::kMaxSize) throw std::invalid_argument("more than 2^28 tensors are not supported");
     std::int64_t cost = 0;
     for (std::size_t k = 0; k < n; ++k) {
         for (const auto& [name, value] : {std::pair{"dw", problem.dw[k]}, std::pair{"dy", problem.dy[k]}}) {
@@ -90,9 +89,14 @@ Solution summed(const ChainProblem& problem, const PlanChoice& choice) {
 
 }  // namespace
 
-Solution solve_chain(const ChainProblem& problem, const SolveOptions& options) {
+Solution solve_chain(const ChainProblem& problem, const SolveOptions& options, const Limits& limits) {
     check(problem);
-    return summed(problem, search_plan(plan_of(problem), problem.importance, problem.capacity, options));
+    return summed(problem,
+                  search_plan(plan_of(problem), problem.importance, problem.capacity, options, limits));
+}
+
+Solution solve_chain(const ChainProblem& problem, const SolveOptions& options) {
+    return solve_chain(problem, options, Limits{});
 }
 
 }  // namespace gtflops

@@ -257,8 +257,12 @@ struct Block {
 /// needs or all that needs it. Equal sets are planned once.
 class BlockPlanner {
   public:
-    BlockPlanner(const Block& block, Plan& plan, std::size_t& work_left)
-        : block_(block), plan_(plan), work_left_(work_left), dependents_(block.costs.size()) {
+    BlockPlanner(const Block& block, Plan& plan, std::size_t max_size, std::size_t& work_left)
+        : block_(block),
+          plan_(plan),
+          max_size_(max_size),
+          work_left_(work_left),
+          dependents_(block.costs.size()) {
         for (Index s = 0; s < block.costs.size(); ++s) {
             for (const Index needed : block.dependencies[s]) dependents_[needed].push_back(s);
         }
@@ -269,7 +273,7 @@ class BlockPlanner {
         const std::size_t size = block_.costs.size();
         Set all((size + 63) / 64);
         for (Index s = 0; s < size; ++s) insert(all, s);
-        if (size > kMaxSize) return arc(0, {}, left_open(all));
+        if (size > max_size_) return arc(0, {}, left_open(all));
         above_.assign(size, Set(all.size()));
         below_.assign(size, Set(all.size()));
         for (Index s = 0; s < size; ++s) {
@@ -288,9 +292,6 @@ class BlockPlanner {
     }
 
   private:
-    /// Sets of all pairs of segments, and the recursion, are kept small enough for any stack.
-    static constexpr std::size_t kMaxSize = 4096;
-
     /// What a walk finds where a set of segments is undecided.
     struct Entry {
         Indices groups;
@@ -313,6 +314,7 @@ class BlockPlanner {
     }
 
     Plan::Arc arc(std::int64_t cost, const Indices& groups, const Entry& entry) {
+        spend(4 * (groups.size() + entry.groups.size() + entry.open.size()));  // copies, which take memory
         Plan::Arc result{.cost = cost, .next = entry.next};
         const auto append = [this](const Indices& values) {
             plan_.arc_groups.insert(plan_.arc_groups.end(), values.begin(), values.end());
@@ -380,6 +382,7 @@ class BlockPlanner {
     /// Walks down all segments in order that stop anywhere; that is not all that there is.
     Entry left_open(const Set& undecided) {
         Entry entry;
+        plan_.has_open = true;
         const Indices segments = members_of(undecided);
         for (auto s = segments.rbegin(); s != segments.rend(); ++s) {
             const Indices& groups = block_.groups[*s];
@@ -481,6 +484,7 @@ class BlockPlanner {
 
     const Block& block_;
     Plan& plan_;
+    std::size_t max_size_;
     std::size_t& work_left_;
     std::vector<Indices> dependents_;
     std::vector<Set> above_;  // all that a segment needs
@@ -523,8 +527,8 @@ std::vector<bool> find_cuts(const SharedGraph& graph) {
 
 }  // namespace
 
-Plan plan_graph(IndexRows dependencies, IndexRows tensor_segments, std::span<const std::int64_t> costs) {
-    constexpr std::size_t kMaxWork = 50'000'000;  // under a second
+Plan plan_graph(IndexRows dependencies, IndexRows tensor_segments, std::span<const std::int64_t> costs,
+                const Limits& limits) {
     Plan plan;
     const SharedGraph graph = Split(dependencies, tensor_segments, costs).into(plan);
     const std::vector<bool> cuts = find_cuts(graph);
@@ -570,7 +574,7 @@ Plan plan_graph(IndexRows dependencies, IndexRows tensor_segments, std::span<con
     }
 
     // Backwards, so that what follows is there before what leads to it.
-    std::size_t work_left = kMaxWork;
+    std::size_t work_left = limits.max_plan_work;
     Index next = Plan::kEnd;
     const auto append = [&plan](const Indices& groups) {
         plan.arc_groups.insert(plan.arc_groups.end(), groups.begin(), groups.end());
@@ -578,7 +582,8 @@ Plan plan_graph(IndexRows dependencies, IndexRows tensor_segments, std::span<con
     };
     for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
         Plan::Arc stop;
-        if (block->costs.size() > 1) stop = BlockPlanner(*block, plan, work_left).enter();
+        if (block->costs.size() > 1)
+            stop = BlockPlanner(*block, plan, limits.max_block_size, work_left).enter();
         Plan::Arc on{.cost = std::accumulate(block->costs.begin(), block->costs.end(), std::int64_t{0}),
                      .groups_begin = static_cast<Index>(plan.arc_groups.size()),
                      .next = next};

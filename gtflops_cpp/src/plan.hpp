@@ -19,6 +19,8 @@ namespace gtflops {
 struct Plan {
     /// The most tensors of a group: all subsets of a group are looked at.
     static constexpr std::size_t kMaxGroup = 4;
+    /// The most tensors, and the most segments: with 16 options for each group, all indices fit 32 bits.
+    static constexpr std::size_t kMaxSize = std::size_t{1} << 28;
     static constexpr std::uint32_t kEnd = std::numeric_limits<std::uint32_t>::max();
 
     /// A cost that a selection pays once if it holds any of some tensors of the group.
@@ -46,6 +48,7 @@ struct Plan {
     std::vector<std::uint32_t> arc_groups;
     std::vector<Node> nodes;
     Arc start;
+    bool has_open = false;  // some walks are left out
 
     std::uint32_t add_group(std::span<const std::uint32_t> members, std::span<const Piece> costs) {
         const auto tensors_begin = static_cast<std::uint32_t>(tensors.size());

@@ -10,6 +10,8 @@
 #include <string>
 #include <tuple>
 
+#include "patience.hpp"
+
 // The answer is the best over the *walks* of a plan: with what a walk pays for in common taken off the
 // capacity, a multiple-choice knapsack over its groups is left. Few walks need solving:
 //
@@ -60,9 +62,11 @@ bool denser(const Step& a, const Step& b) {
     return a.option < b.option;
 }
 
+/// The quotient rounded down; 2^62, which no sum of values reaches, where it is that or more.
 std::int64_t floor_divide(Wide numerator, std::int64_t denominator) {
-    const Wide quotient = numerator / denominator;
-    return static_cast<std::int64_t>(quotient - (numerator % denominator < 0 ? 1 : 0));
+    constexpr Wide kMost = Wide{1} << 62;
+    const Wide quotient = numerator / denominator - (numerator % denominator < 0 ? 1 : 0);
+    return static_cast<std::int64_t>(std::clamp(quotient, -kMost, kMost));
 }
 
 // ---------------------------------------------------------------------------------------------- the instance
@@ -90,6 +94,7 @@ struct Instance {
     std::vector<Step> steps{};                  // by density
     std::vector<std::uint32_t> ranks{};         // positions in `steps`, group by group
     std::vector<std::uint32_t> rank_begin{};    // of each group, and the end
+    std::vector<std::int64_t> tensor_values{};  // in fixed point
 
     std::span<const Option> options_of(std::uint32_t group) const {
         return std::span(options).subspan(option_begin[group], option_begin[group + 1] - option_begin[group]);
@@ -229,7 +234,7 @@ Instance prepare(const Plan& plan, std::span<const double> importance, std::int6
     Instance instance{.plan = plan};
     std::vector<std::int64_t> room = cheapest_access(plan, capacity);
     for (std::int64_t& left : room) left = left < 0 ? -1 : capacity - left;
-    std::vector<std::int64_t> values;
+    std::vector<std::int64_t>& values = instance.tensor_values;
     instance.values = scale_values(importance, affordable_tensors(plan, importance, room), values);
 
     instance.options.reserve(2 * num_groups);
@@ -323,28 +328,10 @@ struct Walk {
     std::uint32_t visit;    // the last one
 };
 
-/// The best choice so far.
+/// The best choice so far; no options where that is the one known before.
 struct Incumbent {
     std::int64_t value = 0;
     std::vector<std::uint32_t> options;
-};
-
-/// Asks the caller now and then whether to go on.
-class Patience {
-  public:
-    explicit Patience(const std::function<bool()>& interrupted) : interrupted_(interrupted) {}
-
-    void spend(std::size_t steps) {
-        spent_ += steps;
-        if (spent_ < kStepsBetweenQuestions) return;
-        spent_ = 0;
-        if (interrupted_ && interrupted_()) throw Interrupted();
-    }
-
-  private:
-    static constexpr std::size_t kStepsBetweenQuestions = std::size_t{1} << 19;  // a few milliseconds
-    const std::function<bool()>& interrupted_;
-    std::size_t spent_ = 0;
 };
 
 // ------------------------------------------------------------------------------------- one walk's knapsack
@@ -428,10 +415,11 @@ void improve_greedily(const Knapsack& knapsack, Incumbent& incumbent) {
 /// both weight and value, nor one that cannot become better than the incumbent.
 class CoreSearch {
   public:
-    CoreSearch(const Instance& instance, std::size_t max_states, Patience& patience)
+    CoreSearch(const Instance& instance, std::size_t max_states, std::size_t halve_at, Patience& patience)
         : instance_(instance),
           states_left_(std::min<std::size_t>(max_states, kRoot)),  // nodes are 32 bits
           merges_left_(states_left_ * kMergesPerState),
+          halve_at_(halve_at),
           patience_(patience) {}
 
     /// Raises the incumbent, at least the greedy choice, to the best of this knapsack if that is better.
@@ -451,7 +439,7 @@ class CoreSearch {
         move_to_open_steps();
 
         bool completed = true;
-        std::size_t halve_at = kHalveAt;
+        std::size_t halve_at = halve_at_;
         for (bool adding = true; !states_.empty() && (can_add() || can_remove()); adding = !adding) {
             if (adding ? !can_add() : !can_remove()) continue;
             if (states_.size() >= halve_at) {
@@ -492,8 +480,6 @@ class CoreSearch {
     static constexpr std::uint32_t kRoot = std::numeric_limits<std::uint32_t>::max();
     /// States that are looked at again and again without new ones to record take time, too.
     static constexpr std::size_t kMergesPerState = 16;
-    /// How long a list is when it is first tried to leave the rest to a second one.
-    static constexpr std::size_t kHalveAt = std::size_t{1} << 16;
 
     bool can_add() const { return add_ < knapsack_->ranks.size(); }
     bool can_remove() const { return remove_end_ > 0; }
@@ -678,6 +664,7 @@ class CoreSearch {
     const Instance& instance_;
     std::size_t states_left_;
     std::size_t merges_left_;
+    std::size_t halve_at_;
     Patience& patience_;
     const Knapsack* knapsack_ = nullptr;
     std::vector<bool> in_core_;   // by group
@@ -733,6 +720,9 @@ class Lagrangian {
         return gain(arc) + std::max(open, arc.next == Plan::kEnd ? 0 : best_below_[arc.next]);
     }
 
+    /// Whether the best walk from a node includes its segments.
+    bool includes(const Plan::Node& node) const { return best(node.include) > best(node.exclude); }
+
     /// The bound of all walks with these gains.
     Wide bound(Wide gains) const { return Wide{capacity_} * price_.value + gains; }
     bool beats(Wide gains, std::int64_t value) const {
@@ -766,11 +756,15 @@ class Lagrangian {
 /// The search over the walks of a plan.
 class WalkSearch {
   public:
-    WalkSearch(const Instance& instance, std::int64_t capacity, std::size_t max_states, Patience& patience)
+    WalkSearch(const Instance& instance, std::int64_t capacity, std::size_t max_states, const Limits& limits,
+               Patience& patience)
         : instance_(instance),
           plan_(instance.plan),
           capacity_(capacity),
           max_states_(max_states),
+          few_walks_(std::max(limits.few_walks,
+                              limits.few_walks_per_node * static_cast<double>(instance.plan.nodes.size()))),
+          greedy_work_left_(limits.max_greedy_work),
           patience_(patience),
           relaxation_(instance) {}
 
@@ -778,15 +772,17 @@ class WalkSearch {
     /// left out.
     std::int64_t run(Incumbent& incumbent) {
         std::optional<Lagrangian> lagrangian;
-        if (num_walks() > kFewWalks) {
+        if (num_walks() > few_walks_) {
             lagrangian.emplace(instance_, capacity_);
             find_best_price(*lagrangian, incumbent);
         }
         enumerate(lagrangian ? &*lagrangian : nullptr, incumbent);
+        try_best_walks(incumbent);
         return left_out_;
     }
 
-    std::vector<Walk>& walks() { return walks_; }
+    /// The highest bound first.
+    const std::vector<Walk>& walks() const { return walks_; }
     Knapsack knapsack(const Walk& walk) const { return {instance_, walk, visits_}; }
 
   private:
@@ -794,16 +790,16 @@ class WalkSearch {
     struct Frame {
         std::uint32_t node;
         std::uint32_t visit;
-        std::int64_t left;       // of the capacity
-        std::size_t num_let_in;  // before it
-        Wide gains;
-        bool excluded;
+        std::int64_t left;           // of the capacity
+        std::size_t num_let_in = 0;  // before it
+        Wide gains = 0;
+        bool include_first = false;
+        bool one_done = false;
     };
     struct LetIn {
         std::uint32_t group;
         std::int64_t capacity;
     };
-    static constexpr double kFewWalks = 20'000;
 
     double num_walks() const {
         std::vector<double> of_node(plan_.nodes.size());
@@ -857,10 +853,10 @@ class WalkSearch {
             weight += lagrangian.weight(*arc);
             visit = visited(*arc, visit);
             if (arc->next == Plan::kEnd) break;
-            const auto& [exclude, include] = plan_.nodes[arc->next];
-            arc = lagrangian.best(exclude) >= lagrangian.best(include) ? &exclude : &include;
+            const Plan::Node& node = plan_.nodes[arc->next];
+            arc = lagrangian.includes(node) ? &node.include : &node.exclude;
         }
-        if (left >= 0) improve_greedily(knapsack({0, units(left), visit}), incumbent);
+        if (left >= 0) try_greedily({0, units(left), visit}, incumbent);
         visits_.resize(num_visits);
         return weight <= units(capacity_);
     }
@@ -884,7 +880,9 @@ class WalkSearch {
                              .left = from.left - arc.cost,
                              .num_let_in = num_let_in,
                              .gains = lagrangian == nullptr ? 0 : from.gains + lagrangian->gain(arc),
-                             .excluded = false};
+                             .include_first = lagrangian != nullptr && arc.next != Plan::kEnd &&
+                                              lagrangian->includes(plan_.nodes[arc.next]),
+                             .one_done = false};
             for (const std::uint32_t group : plan_.groups_of(arc)) {
                 let_in_.push_back({group, units(here.left)});
                 relaxation_.change(group, units(here.left), +1);
@@ -898,23 +896,21 @@ class WalkSearch {
                 leave_to(num_let_in);
             }
         };
-        follow(
-            plan_.start,
-            {.node = 0, .visit = kNoVisit, .left = capacity_, .num_let_in = 0, .gains = 0, .excluded = false},
-            0);
+        follow(plan_.start, Frame{.node = 0, .visit = kNoVisit, .left = capacity_}, 0);
         while (!stack.empty()) {
             patience_.spend(1);
             if (lagrangian != nullptr && visits_.size() + walks_.size() > max_states_) {
                 left_out_ = std::max(left_out_, lagrangian->floor_bound(lagrangian->best(plan_.start)));
                 return;
             }
-            if (Frame& here = stack.back(); !here.excluded) {
-                here.excluded = true;
-                follow(plan_.nodes[here.node].exclude, Frame(here), let_in_.size());
+            const auto& [exclude, include] = plan_.nodes[stack.back().node];
+            if (Frame& here = stack.back(); !here.one_done) {
+                here.one_done = true;
+                follow(here.include_first ? include : exclude, Frame(here), let_in_.size());
             } else {  // the last arc of the node: what it lets in leaves with what its node let in
                 const Frame last = here;
                 stack.pop_back();
-                follow(plan_.nodes[last.node].include, last, last.num_let_in);
+                follow(last.include_first ? exclude : include, last, last.num_let_in);
             }
         }
     }
@@ -930,15 +926,32 @@ class WalkSearch {
     void add_walk(const Walk& walk, bool try_now, Incumbent& incumbent) {
         if (walk.bound <= incumbent.value) return;
         walks_.push_back(walk);
-        if (!try_now) return;
-        patience_.spend(instance_.steps.size());
+        if (try_now) try_greedily(walk, incumbent);
+    }
+
+    /// As long as there is work left for it. Returns whether there was.
+    bool try_greedily(const Walk& walk, Incumbent& incumbent) {
+        const std::size_t work = instance_.steps.size() + plan_.groups.size();
+        if (work > greedy_work_left_) return false;
+        greedy_work_left_ -= work;
+        patience_.spend(work);
         improve_greedily(knapsack(walk), incumbent);
+        return true;
+    }
+
+    void try_best_walks(Incumbent& incumbent) {
+        std::ranges::stable_sort(walks_, std::ranges::greater{}, &Walk::bound);
+        for (const Walk& walk : walks_) {
+            if (walk.bound <= incumbent.value || !try_greedily(walk, incumbent)) break;
+        }
     }
 
     const Instance& instance_;
     const Plan& plan_;
     std::int64_t capacity_;
     std::size_t max_states_;
+    double few_walks_;
+    std::size_t greedy_work_left_;
     Patience& patience_;
     Relaxation relaxation_;
     std::vector<Visit> visits_;
@@ -950,26 +963,25 @@ class WalkSearch {
 }  // namespace
 
 PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std::int64_t capacity,
-                       const SolveOptions& options) {
+                       const SolveOptions& options, const Limits& limits,
+                       std::span<const std::uint8_t> known) {
     const Instance instance = prepare(plan, importance, capacity);
     if (instance.steps.empty()) return {};
 
     Patience patience(options.interrupted);
     Incumbent incumbent;
-    WalkSearch search(instance, capacity, options.max_states, patience);
+    for (std::size_t k = 0; k < known.size(); ++k)
+        incumbent.value += known[k] != 0 ? instance.tensor_values[k] : 0;
+    WalkSearch search(instance, capacity, options.max_states, limits, patience);
     std::int64_t bound = search.run(incumbent);
-    std::vector<Walk>& walks = search.walks();
-    std::ranges::stable_sort(walks, std::ranges::greater{}, &Walk::bound);
-    for (const Walk& walk : walks) {
-        if (walk.bound <= incumbent.value) break;
-        patience.spend(instance.steps.size());
-        improve_greedily(search.knapsack(walk), incumbent);
-    }
+    const std::vector<Walk>& walks = search.walks();
 
-    CoreSearch core(instance, options.max_states, patience);
+    CoreSearch core(instance, options.max_states, limits.halve_at, patience);
     for (auto walk = walks.cbegin(); walk != walks.cend() && walk->bound > incumbent.value; ++walk) {
         patience.spend(instance.steps.size());
-        const std::int64_t walk_bound = std::min(walk->bound, core.run(search.knapsack(*walk), incumbent));
+        const Knapsack knapsack = search.knapsack(*walk);
+        improve_greedily(knapsack, incumbent);
+        const std::int64_t walk_bound = std::min(walk->bound, core.run(knapsack, incumbent));
         if (walk_bound <= incumbent.value) continue;
         // The states ran out: the walks not searched are open up to their bounds, the next one's the highest.
         bound = std::max({bound, walk_bound, walk + 1 != walks.cend() ? (walk + 1)->bound : 0});
@@ -977,6 +989,11 @@ PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std
     }
 
     PlanChoice choice;
+    if (incumbent.options.empty()) {
+        for (std::uint32_t k = 0; k < known.size(); ++k) {
+            if (known[k] != 0) choice.tensors.push_back(k);
+        }
+    }
     for (const std::uint32_t index : incumbent.options) {
         const Option& option = instance.options[index];
         const std::span<const std::uint32_t> tensors = plan.tensors_of(plan.groups[option.group]);

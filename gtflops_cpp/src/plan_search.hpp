@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "gtflops/solution.hpp"
+#include "limits.hpp"
 #include "plan.hpp"
 
 namespace gtflops {
@@ -18,10 +19,12 @@ struct PlanChoice {
 
 /// The most important tensors that any walk of the plan makes available within the capacity.
 ///
-/// `importance` is finite and its positive elements have a finite sum; the costs of the plan sum, along any
-/// walk, to what fits int64. Throws `Interrupted`.
+/// `known`: a choice known before, one byte a tensor, or empty; it is the answer unless there is a better
+/// one. `importance` is finite and its positive elements have a finite sum; the costs of the plan sum, along
+/// any walk, to what fits int64. Throws `Interrupted`.
 PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std::int64_t capacity,
-                       const SolveOptions& options);
+                       const SolveOptions& options, const Limits& limits,
+                       std::span<const std::uint8_t> known = {});
 
 /// What both forms ask of importance and capacity: std::invalid_argument or std::overflow_error names the
 /// element that does not meet it.

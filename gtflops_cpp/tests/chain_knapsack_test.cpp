@@ -98,7 +98,12 @@ void a_solve_can_be_interrupted() {
 }
 
 void malformed_input_is_refused() {
-    constexpr std::int64_t kMax = std::numeric_limits<std::int64_t>::max();
+    static constexpr std::int64_t kMax = std::numeric_limits<std::int64_t>::max();
+    const double one = 1;
+    constexpr std::size_t kTooMany = (std::size_t{1} << 28) + 1;  // never read
+    CHECK(throws<std::invalid_argument>("more than 2^28 tensors", [&] {
+        gtflops::solve_chain({{&kMax, kTooMany}, {&kMax, kTooMany}, {&one, kTooMany}, 1});
+    }));
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const auto refused = [](const char* text, const Instance& instance, std::int64_t capacity = 1) {
         return throws<std::invalid_argument>(text, [&] { instance.solve(capacity); });

@@ -172,6 +172,29 @@ void a_solve_can_be_interrupted() {
     }));
 }
 
+/// Nothing to plan by: each of many shared segments needs three of as many others.
+void a_graph_without_structure_is_bounded_closely() {
+    Draw draw(5);
+    Graph graph;
+    Importances importance;
+    constexpr std::int64_t kHalf = 100;
+    for (std::int64_t s = 0; s < kHalf; ++s) graph.add_segment({}, 1 + draw(1000));
+    for (std::int64_t s = 0; s < kHalf; ++s) {
+        graph.add_segment({draw(kHalf), draw(kHalf), draw(kHalf)}, 1 + draw(1000));
+    }
+    for (int k = 0; k < 600; ++k) {
+        const std::int64_t shared = draw(2 * kHalf);
+        graph.tensors.add({graph.add_segment({shared}, 1 + draw(1000))});
+        importance.push_back(static_cast<double>(1 + draw(1000)));
+    }
+    const std::int64_t capacity = total_cost(graph) / 4;
+    const Solution solution = solve(graph, importance, capacity);
+    CHECK(!solution.optimal);
+    CHECK(solution.upper_bound <= 1.02 * solution.value);
+    CHECK(throws<gtflops::Interrupted>(
+        "interrupted", [&] { solve(graph, importance, capacity, {.interrupted = [] { return true; }}); }));
+}
+
 void malformed_input_is_refused() {
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const auto refused = [](const Importances& importance, std::int64_t capacity = 1) {
@@ -200,6 +223,12 @@ void malformed_graphs_are_refused() {
     Graph beyond = small_chain();
     beyond.tensors.values[1] = 4;
     CHECK(throws<std::invalid_argument>("tensor_segments[1] is 4", [&] { knapsack(beyond); }));
+    const std::span<const std::int64_t> too_many(&kMax, (std::size_t{1} << 28) + 2);  // never read
+    const Graph chain = small_chain();
+    CHECK(throws<std::invalid_argument>("more than 2^28 segments",
+                                        [&] { GraphKnapsack({too_many, {}}, chain.tensors, chain.costs); }));
+    CHECK(throws<std::invalid_argument>(
+        "more than 2^28 tensors", [&] { GraphKnapsack(chain.dependencies, {too_many, {}}, chain.costs); }));
     Graph overflowing = small_chain();
     overflowing.costs[3] = kMax;
     CHECK(throws<std::overflow_error>("does not fit int64", [&] { knapsack(overflowing); }));
@@ -216,6 +245,7 @@ int main() {
     extremes_are_exact();
     the_limit_leaves_a_bound();
     a_solve_can_be_interrupted();
+    a_graph_without_structure_is_bounded_closely();
     malformed_input_is_refused();
     malformed_graphs_are_refused();
 }

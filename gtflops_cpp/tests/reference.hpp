@@ -147,8 +147,10 @@ enum class Structure {
     two_stacks,
     shared,
     free_segments,
+    pairs,
     random,
-    kMaxValue = random
+    tangle,
+    kMaxValue = tangle
 };
 
 /// A graph of `num_tensors` tensors, with costs from 0 to `largest_cost`. `below(n)` draws from 0 to n - 1.
@@ -161,7 +163,8 @@ Graph make_graph(Structure structure, std::size_t num_tensors, std::int64_t larg
         graph.tensors.add({segment});
     };
     std::int64_t trunk = graph.add_segment({}, any_cost());
-    std::int64_t encoder = -1;  // the end of a second stack
+    std::int64_t encoder = -1;    // the end of a second stack
+    std::int64_t beside = trunk;  // the other one of a pair
     while (graph.num_tensors() < num_tensors) {
         const std::size_t left = num_tensors - graph.num_tensors();
         switch (structure) {
@@ -210,12 +213,31 @@ Graph make_graph(Structure structure, std::size_t num_tensors, std::int64_t larg
                     graph.tensors.add({graph.add_segment({trunk}, below(2) * any_cost())});
                 }
                 break;
+            case Structure::pairs: {  // two paths beside each other, which cross now and then
+                const std::int64_t one =
+                    graph.add_segment({trunk, below(3) == 0 ? beside : trunk}, any_cost());
+                const std::int64_t other =
+                    graph.add_segment({beside, below(3) == 0 ? trunk : beside}, any_cost());
+                trunk = one;
+                beside = other;
+                weight_gradient({trunk});
+                if (left > 1) weight_gradient({beside});
+                break;
+            }
             case Structure::random: {
                 const auto segments = static_cast<std::int64_t>(graph.num_segments());
                 const std::int64_t one = below(segments);
                 const std::int64_t other = below(segments);
                 if (below(2) == 0) graph.add_segment({one, other}, any_cost());
                 graph.tensors.add({below(segments), below(static_cast<std::int64_t>(graph.num_segments()))});
+                break;
+            }
+            case Structure::tangle: {  // more segments than tensors, the first ones shared by many
+                const auto segments = static_cast<std::int64_t>(graph.num_segments());
+                const std::int64_t one = below(segments);
+                const std::int64_t other = graph.add_segment({one, below(segments)}, any_cost());
+                graph.add_segment({below(one + 1)}, any_cost());
+                graph.tensors.add({other, below(segments)});
                 break;
             }
         }

@@ -34,6 +34,15 @@ class ClosureCosts {
     std::size_t num_tensors() const { return tensor_segments_.size(); }
     std::size_t num_columns() const { return num_columns_; }
 
+    /// What a segment, or the gradient of a tensor, needs directly; and the first cost of a segment.
+    std::span<const std::uint32_t> needs_of_segment(std::size_t segment) const {
+        return dependencies_[segment];
+    }
+    std::span<const std::uint32_t> needs_of_tensor(std::size_t tensor) const {
+        return tensor_segments_[tensor];
+    }
+    std::int64_t cost(std::size_t segment) const { return costs_[segment]; }
+
     /// The cost of each selection, column by column: `masks` holds `num_selections` rows of one byte a tensor
     /// (nonzero: selected), the result `num_selections` rows of `num_columns()` sums. O(segments +
     /// dependencies) a selection.
