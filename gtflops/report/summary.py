@@ -538,7 +538,7 @@ def _fields(record: Any) -> dict[str, Any]:
 # --- how values are written, the same in every renderer ---------------------------------------------------------
 
 
-def share(part: int, whole: int) -> str:
+def share(part: float, whole: float) -> str:
     """A share in percent; of nothing, there is none."""
     return f"{part / whole:.1%}" if whole else "n/a"
 
