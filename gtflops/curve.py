@@ -99,13 +99,13 @@ def frontier(
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 1))
     >>> profile = gtflops.profile(model, torch.ones(7, 3), loss=lambda y, x: y.sum())
     >>> curve = gtflops.frontier(profile, {"2.bias": 1.0, "2.weight": 2.0, "0.bias": 1.0, "0.weight": 4.0}, budgets=4)
-    >>> [selection.value for selection in curve]
-    [1.0, 3.0, 4.0, 8.0]
+    >>> tuple(selection.value for selection in curve)
+    (1.0, 3.0, 4.0, 8.0)
     >>> curve.selection(1.0).names
     ('2.bias', '2.weight', '0.bias', '0.weight')
     >>> few = gtflops.frontier(profile, curve[3].importance, budgets=[0.7, 1.0], max_elements=15)
-    >>> [selection.names for selection in few]
-    [('2.bias', '2.weight'), ('2.bias', '2.weight', '0.bias')]
+    >>> few[0].names, few[1].names
+    (('2.bias', '2.weight'), ('2.bias', '2.weight', '0.bias'))
     """
     problem = Problem.of(
         profile,
