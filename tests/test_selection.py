@@ -613,7 +613,7 @@ def test_two_budgets(profile: Profile) -> None:
         gtflops.select(profile, uniform(profile), 0.5, budget_flops=10**9)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1", 10**400])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1", 10**400, True])
 def test_importance_that_is_no_finite_number(profile: Profile, value: float) -> None:
     name = profile.names[4]
     with pytest.raises(gtflops.InputError, match=f"importance of '{name}' is .*expected a finite number"):
