@@ -51,6 +51,13 @@ class FormOption(StrEnum):
     CHAIN = "chain"
 
 
+class CostOption(StrEnum):
+    """What a budget is a share of."""
+
+    FLOPS = "flops"
+    TIME = "time"
+
+
 class GranularityOption(StrEnum):
     """What is chosen as a whole."""
 
@@ -76,6 +83,28 @@ AllowUnsupported = Annotated[bool, typer.Option(help="Count operators without a 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.", dir_okay=False)]
 Budget = Annotated[float, typer.Option(help="Share of a full step's FLOPs that a step may cost, in (0, 1].")]
+Importance = Annotated[
+    str,
+    typer.Option(
+        help="A JSON file with a number for each tensor, such as 'train' writes; or 'numel', each tensor's number of "
+        "elements, which is a stand-in and no measurement.",
+        show_default=False,
+    ),
+]
+Cost = Annotated[
+    CostOption, typer.Option(help="What a step costs: FLOPs, or the time that gtflops.measure_time put in the profile.")
+]
+Form = Annotated[FormOption, typer.Option(help="Charge what a step executes, or the chain form's upper bound of it.")]
+Granularity = Annotated[
+    GranularityOption, typer.Option(help="Choose single tensors, or layers as a whole (for torch.compile).")
+]
+MustTrain = Annotated[
+    list[str] | None, typer.Option(help="Train the tensors of such names in any case, as '*.bias'; repeatable.")
+]
+MustFreeze = Annotated[
+    list[str] | None, typer.Option(help="Train no tensors of such names, as 'model.embed*'; repeatable.")
+]
+MaxElements = Annotated[int | None, typer.Option(help="Elements that all trained tensors may have together.", min=1)]
 Steps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
 Every = Annotated[int, typer.Option(help="Optimizer steps between two selections.", min=1)]
 
@@ -172,30 +201,16 @@ def verify_command(
 @app.command("select")
 def select_command(
     model: Model,
-    importance: Annotated[
-        str,
-        typer.Option(
-            help="A JSON file with a number for each tensor, such as 'train' writes; or 'numel', each tensor's "
-            "number of elements, which is a stand-in and no measurement.",
-            show_default=False,
-        ),
-    ],
-    budget: Budget = 0.5,
-    form: Annotated[
-        FormOption, typer.Option(help="Charge what a step executes, or the chain form's upper bound of it.")
-    ] = FormOption.GRAPH,
-    granularity: Annotated[
-        GranularityOption, typer.Option(help="Choose single tensors, or layers as a whole (for torch.compile).")
-    ] = GranularityOption.TENSOR,
-    must_train: Annotated[
-        list[str] | None, typer.Option(help="Train the tensors of such names in any case, as '*.bias'; repeatable.")
-    ] = None,
-    must_freeze: Annotated[
-        list[str] | None, typer.Option(help="Train no tensors of such names, as 'model.embed*'; repeatable.")
-    ] = None,
-    max_elements: Annotated[
-        int | None, typer.Option(help="Elements that all trained tensors may have together.", min=1)
-    ] = None,
+    importance: Importance,
+    budget: Annotated[
+        float, typer.Option(help="Share of a full step's FLOPs, or time, that a step may cost, in (0, 1].")
+    ] = 0.5,
+    cost: Cost = CostOption.FLOPS,
+    form: Form = FormOption.GRAPH,
+    granularity: Granularity = GranularityOption.TENSOR,
+    must_train: MustTrain = None,
+    must_freeze: MustFreeze = None,
+    max_elements: MaxElements = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     decoder_len: DecoderLen = None,
@@ -212,18 +227,17 @@ def select_command(
     from gtflops.selection import select
 
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
-    values = (
-        {tensor.name: float(tensor.numel) for tensor in costs.tensors} if importance == "numel" else _read(importance)
-    )
+    _require_cost(costs, cost, model)
     selection = select(
         costs,
-        values,
+        _importance(importance, costs),
         budget,
         form=form.value,
         granularity=granularity.value,
         must_train=must_train or (),
         must_freeze=must_freeze or (),
         max_elements=max_elements,
+        cost=cost.value,
         allow_unsupported=allow_unsupported,
     )
     if html is not None:
@@ -232,9 +246,57 @@ def select_command(
         _print_json(selection.to_json())
     else:
         out.print(selection_table(selection))
-        if importance == "numel":
-            out.print("Importance: number of elements of each tensor, a stand-in and no measurement.")
+        _say_importance(importance)
     _say_written(html)
+
+
+@app.command("frontier")
+def frontier_command(
+    model: Model,
+    importance: Importance,
+    budgets: Annotated[
+        int,
+        typer.Option(help="How many, evenly spaced from the smallest step that trains something to the full.", min=2),
+    ] = 20,
+    cost: Cost = CostOption.FLOPS,
+    form: Form = FormOption.GRAPH,
+    granularity: Granularity = GranularityOption.TENSOR,
+    must_train: MustTrain = None,
+    must_freeze: MustFreeze = None,
+    max_elements: MaxElements = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    decoder_len: DecoderLen = None,
+    attention: AttentionOption = None,
+    allow_unsupported: AllowUnsupported = False,
+    as_json: AsJson = False,
+) -> None:
+    """How much importance each budget buys.
+
+    Example: gtflops frontier opt.profile.json --importance importance.json --budgets 10
+    """
+    from gtflops.curve import frontier
+    from gtflops.report.terminal import frontier_table
+
+    costs = _profile(model, batch_size, seq_len, decoder_len, attention)
+    _require_cost(costs, cost, model)
+    curve = frontier(
+        costs,
+        _importance(importance, costs),
+        budgets=budgets,
+        form=form.value,
+        granularity=granularity.value,
+        must_train=must_train or (),
+        must_freeze=must_freeze or (),
+        max_elements=max_elements,
+        cost=cost.value,
+        allow_unsupported=allow_unsupported,
+    )
+    if as_json:
+        _print_json(curve.to_json())
+    else:
+        out.print(frontier_table(curve))
+        _say_importance(importance)
 
 
 @app.command("ops")
@@ -544,6 +606,24 @@ def _sizes(
         "decoder_len": decoder_len,
         "attention": (attention or Attention.EAGER).value,
     }
+
+
+def _require_cost(costs: "Profile", cost: CostOption, model: str) -> None:
+    """Times are measured in Python, and come here in a file."""
+    if cost is CostOption.TIME and costs.nanoseconds is None:
+        raise InputError(
+            f"--cost time needs the times of operators, and {model} has none for this batch; expected a profile that "
+            "was saved with them, as gtflops.measure_time(profile, device).save('timed.json') does in Python"
+        )
+
+
+def _importance(given: str, costs: "Profile") -> dict[str, float]:
+    return {tensor.name: float(tensor.numel) for tensor in costs.tensors} if given == "numel" else _read(given)
+
+
+def _say_importance(given: str) -> None:
+    if given == "numel":
+        out.print("Importance: number of elements of each tensor, a stand-in and no measurement.")
 
 
 def _read(path: str) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """The whole curve of importance against cost: the best selection at many budgets, or at any."""
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -78,11 +79,12 @@ def frontier(
     profile: Profile,
     importance: Mapping[str, float],
     *,
-    budgets: int | Iterable[float] = BUDGETS,
+    budgets: SupportsIndex | Iterable[float] = BUDGETS,
     form: FormName = "graph",
     granularity: Granularity = "tensor",
     must_train: Patterns = (),
     must_freeze: Patterns = (),
+    max_elements: int | None = None,
     cost: CostName = "flops",
     allow_unsupported: bool = False,
 ) -> Frontier:
@@ -90,17 +92,20 @@ def frontier(
 
     ``budgets`` is how many, evenly spaced from the smallest step that trains something to the full step, or what each
     may cost, as shares of a full step in (0, 1]. The other arguments and the errors are those of
-    :func:`gtflops.select`. Takes as long as that many selections, some tenths of a millisecond each for models of
-    some hundred tensors.
+    :func:`gtflops.select`; ``max_elements`` holds at each budget. Takes as long as that many selections, some tenths of
+    a millisecond each for models of some hundred tensors, and up to half a second each where ``max_elements`` binds.
 
     >>> import gtflops, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 1))
     >>> profile = gtflops.profile(model, torch.ones(7, 3), loss=lambda y, x: y.sum())
     >>> curve = gtflops.frontier(profile, {"2.bias": 1.0, "2.weight": 2.0, "0.bias": 1.0, "0.weight": 4.0}, budgets=4)
-    >>> [selection.value for selection in curve]
-    [1.0, 3.0, 4.0, 8.0]
+    >>> tuple(selection.value for selection in curve)
+    (1.0, 3.0, 4.0, 8.0)
     >>> curve.selection(1.0).names
     ('2.bias', '2.weight', '0.bias', '0.weight')
+    >>> few = gtflops.frontier(profile, curve[3].importance, budgets=[0.7, 1.0], max_elements=15)
+    >>> few[0].names, few[1].names
+    (('2.bias', '2.weight'), ('2.bias', '2.weight', '0.bias'))
     """
     problem = Problem.of(
         profile,
@@ -109,6 +114,7 @@ def frontier(
         granularity=granularity,
         must_train=must_train,
         must_freeze=must_freeze,
+        max_elements=max_elements,
         cost=cost,
         allow_unsupported=allow_unsupported,
     )
@@ -135,16 +141,23 @@ def frontier(
     return Frontier(problem, *arrays)
 
 
-def _limits(problem: Problem, budgets: int | Iterable[float]) -> list[int]:
+def _limits(problem: Problem, budgets: SupportsIndex | Iterable[float]) -> list[int]:
     """Limits in FLOPs or nanoseconds, ascending."""
-    if isinstance(budgets, int) and not isinstance(budgets, bool):
-        if budgets < 2:
-            raise InputError(f"budgets is {budgets}, expected at least 2, the smallest and the full step")
+    expected = "expected how many, at least 2, or shares of a full step in (0, 1]"
+    if isinstance(budgets, (bool, np.bool_, str)):
+        raise InputError(f"budgets is {budgets!r}, {expected}")
+    try:
+        number = operator.index(budgets)  # type: ignore[arg-type]  # shares have none
+    except TypeError:
+        number = None
+    if number is not None:
+        if number < 2:
+            raise InputError(f"budgets is {number}, expected at least 2, the smallest and the full step")
         least, room = problem.smallest, max(0, problem.full - problem.smallest)
-        return [least + room * step // (budgets - 1) for step in range(budgets)]
-    if not isinstance(budgets, Iterable) or isinstance(budgets, str):
-        raise InputError(f"budgets is {budgets!r}, expected how many, or shares of a full step in (0, 1]")
+        return [least + room * step // (number - 1) for step in range(number)]
+    if not isinstance(budgets, Iterable):
+        raise InputError(f"budgets is {budgets!r}, {expected}")
     limits = sorted(limit_of(problem.profile, problem.cost, budget) for budget in budgets)
     if not limits:
-        raise InputError("budgets is empty, expected at least one share of a full step in (0, 1]")
+        raise InputError(f"budgets is empty, {expected}")
     return limits

@@ -1,4 +1,4 @@
-"""A second limit, on the number of trained elements: Lagrangian bounds, and branching to close the gap."""
+"""A second limit, on the number of trained elements: both limits in one, Lagrangian bounds, and branching."""
 
 import heapq
 import math
@@ -12,8 +12,12 @@ from gtflops.forms import Form, Items, Solution, fill
 
 #: Subproblems after which the search ends with what it has, and a bound.
 MAX_SUBPROBLEMS = 100
+#: Ways to weigh the two limits against each other before branching begins.
+MAX_WEIGHTS = 20
 #: Differences below this share of all positive worth are the rounding of sums.
 ROUNDING = 2.0**-48
+#: What all costs sum to, at most, where both limits are one: far finer than either, and within int64.
+_SCALE = 2**61
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,8 +43,9 @@ def solve_limited(
     bound, and the best one is found by intersecting the lines of the selections just above and just below the limit
     (the Lagrangian dual; M. Fisher, "The Lagrangian relaxation method for solving integer programming problems",
     Management Science 27(1), 1981). The selection below is feasible and is filled up. Where bound and best selection
-    differ, an item is chosen in one subproblem and left out in another, the one of the largest bound first, until
-    nothing can be better or :data:`MAX_SUBPROBLEMS` were looked at; then the largest bound left is the answer's.
+    differ, both limits are combined in one (:func:`_combine`), which nearly always ends it. Where they still differ, an
+    item is chosen in one subproblem and left out in another, the one of the largest bound first, until nothing can be
+    better or :data:`MAX_SUBPROBLEMS` were looked at; then the largest bound left is the answer's.
     """
     tolerance = ROUNDING * math.fsum(worth[worth > 0])
     best, value = np.zeros(len(worth), dtype=np.bool_), 0.0
@@ -54,8 +59,12 @@ def solve_limited(
         inherited, _, problem = heapq.heappop(queue)
         bound, below, above = _relax(problem, worth, elements, limit, tolerance)
         bound = min(bound, -inherited)
-        room = problem.room - int(elements[below].sum())
-        filled = problem.chosen | fill(problem.form, below, np.where(problem.open, worth, 0.0), elements, limit, room)
+        within = below
+        if problem is root and above.any():
+            combined_bound, combined = _combine(form, worth, elements, limit, int(max_elements))
+            bound, within = min(bound, combined_bound), below if combined is None else combined
+        room = problem.room - int(elements[within].sum())
+        filled = problem.chosen | fill(problem.form, within, np.where(problem.open, worth, 0.0), elements, limit, room)
         if (filled_value := math.fsum(worth[filled])) > value:
             best, value = filled, filled_value
         if bound <= value + tolerance:
@@ -115,3 +124,31 @@ def _relax(
             below = at_price.mask
         else:
             above = at_price.mask
+
+
+def _combine(
+    form: Form, worth: npt.NDArray[np.float64], elements: npt.NDArray[np.int64], limit: int, room: int
+) -> tuple[float, Items | None]:
+    """An upper bound, and the best selection where one that attains a bound is within both limits.
+
+    What is within both limits is within their sum too, at any weights: one exact problem of one limit, whose best is an
+    upper bound, and the answer if it is within both (a surrogate relaxation; F. Glover, "Surrogate constraints",
+    Operations Research 16(4), 1968). The weights are found by bisection: the limit that is exceeded weighs more.
+    """
+    fits = (worth > 0) & (elements <= room)
+    worth, elements = np.where(fits, worth, 0.0), np.where(fits, elements, 0)
+    total, total_elements = form.total(np.ones_like(fits)) - form.base, int(elements.sum())
+    capacity, room = min(limit - form.base, total), min(room, total_elements)
+    bound, least, most = math.inf, 0.0, 1.0
+    for _ in range(MAX_WEIGHTS):
+        share = (least + most) / 2
+        weight, price = int(share * _SCALE) // max(1, total), int((1 - share) * _SCALE) // total_elements
+        best = form.surcharged(weight, price * elements).solve(worth, weight * capacity + price * room)
+        bound = min(bound, best.upper_bound)
+        if int(elements[best.mask].sum()) > room:
+            most = share
+        elif form.total(best.mask) > limit:
+            least = share
+        else:
+            return bound, best.mask
+    return bound, None

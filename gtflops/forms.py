@@ -53,6 +53,12 @@ class Form(Protocol):
     def merged(self, item_of: npt.NDArray[np.intp]) -> Self:
         """The problem whose item ``i`` is all items ``k`` with ``item_of[k] == i``."""
 
+    def surcharged(self, weight: int, surcharge: npt.NDArray[np.int64]) -> Self:
+        """The problem of base 0 in which costs are ``weight`` times as large, and each item costs ``surcharge`` more.
+
+        The sum of its costs has to fit int64.
+        """
+
 
 @dataclass(frozen=True, eq=False)
 class ChainForm:
@@ -100,6 +106,9 @@ class ChainForm:
         np.add.at(own, item_of, self.own)
         np.maximum.at(depth, item_of, self.depth)
         return replace(self, own=own, depth=depth)
+
+    def surcharged(self, weight: int, surcharge: npt.NDArray[np.int64]) -> "ChainForm":
+        return replace(self, base=0, own=weight * self.own + surcharge, shared=weight * self.shared)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +168,16 @@ class GraphForm:
         for item, segments in zip(item_of, self.item_segments, strict=True):
             rows[item].update(segments)
         return replace(self, item_segments=tuple(tuple(sorted(row)) for row in rows), chain=self.chain.merged(item_of))
+
+    def surcharged(self, weight: int, surcharge: npt.NDArray[np.int64]) -> "GraphForm":
+        own = range(len(self.costs), len(self.costs) + len(surcharge))  # a segment for each item
+        return GraphForm(
+            base=0,
+            dependencies=(*self.dependencies, *(() for _ in own)),
+            item_segments=tuple((*row, segment) for row, segment in zip(self.item_segments, own, strict=True)),
+            costs=np.concatenate([weight * self.costs, surcharge]),
+            chain=self.chain.surcharged(weight, surcharge),
+        )
 
 
 def fill(

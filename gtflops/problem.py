@@ -335,7 +335,7 @@ def _values(profile: Profile, importance: Mapping[str, float]) -> npt.NDArray[np
         raise InputError(f"importance {' and '.join(parts)}; expected one number for each tensor of the profile")
     for name in profile.names:
         value = importance[name]
-        if not isinstance(value, (int, float, np.integer, np.floating)) or not abs(value) <= _LARGEST:
+        if not _is_number(value) or not abs(value) <= _LARGEST:
             raise InputError(f"importance of {name!r} is {value!r}, expected a finite number")
     return np.array(
         [float(importance[tensor.name]) if tensor.has_gradient else 0.0 for tensor in profile.tensors],

@@ -34,8 +34,10 @@ def measure_time(profile: Profile, device: str | torch.device = "cpu", *, allow_
     otherwise. On an accelerator rounds are long enough that launches overlap as in a step. Times of one machine say
     nothing about another, and shares of a full step hold better than seconds.
 
-    Takes about four times as long as each distinct call once, and the memory of the largest of them. Random number
-    generators are left as they were.
+    A call of 2 ms or more runs five times, one of over a second twice, and a shorter one as often as fits into three
+    rounds of 2 ms; masks of outputs multiply that by up to four. Arguments are drawn for each. OPT-125m took 18 s with
+    1 x 16 tokens and 35 s with 2 x 256, on one core: 130 and 140 calls. Takes the memory of the largest call. Random
+    number generators are left as they were.
 
     Raises InputError for a device that is not there, UnsupportedOperatorError where operators do not run on it from
     their types alone (``allow_unsupported=True`` counts them as 0 and names them in ``notes``).

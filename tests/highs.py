@@ -37,10 +37,12 @@ def highs_graph(
     importance: Any,
     capacity: int,
     seconds: float,
+    elements: Any = None,
+    max_elements: int = 0,
 ) -> Answer:
-    """The graph form: a tensor pays nothing by itself, and needs its segments."""
+    """The graph form: a tensor pays nothing by itself, and needs its segments. A second limit where it has elements."""
     own = np.zeros(len(tensor_segments), dtype=np.int64)
-    return _highs(own, dependencies, tensor_segments, costs, importance, capacity, seconds)
+    return _highs(own, dependencies, tensor_segments, costs, importance, capacity, seconds, elements, max_elements)
 
 
 def _highs(
@@ -51,6 +53,8 @@ def _highs(
     importance: Any,
     capacity: int,
     seconds: float,
+    elements: Any = None,
+    max_elements: int = 0,
 ) -> Answer:
     """Binary x[k] trains tensor k, binary y[s] runs segment s: x[k] <= y[s], y[s] <= y[t] where one needs the other.
 
@@ -70,6 +74,9 @@ def _highs(
     needs = [(k, n + s) for k, segments in enumerate(tensor_segments) for s in segments]
     needs += [(n + s, n + t) for s, sources in enumerate(dependencies) for t in sources]
     constraints = [LinearConstraint(paid // unit, -np.inf, capacity // unit + 0.5)]
+    if elements is not None:
+        row = np.concatenate([elements, np.zeros(m, dtype=np.int64)])
+        constraints.append(LinearConstraint(row, -np.inf, max_elements + 0.5))
     if needs:
         rows = np.repeat(np.arange(len(needs)), 2)
         signs = np.tile([1.0, -1.0], len(needs))

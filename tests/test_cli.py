@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import gtflops
 import gtflops.operators
+from branching_models import with_times
 from small_models import build
 
 
@@ -132,6 +133,58 @@ def test_select_under_conditions(saved: Path) -> None:
     assert {name.split(".")[2] for name in layers["names"] if ".h." in name} < {str(layer) for layer in range(12)}
 
 
+@pytest.fixture(scope="module")
+def timed(saved: Path) -> Path:
+    path = saved.with_name("timed.json")
+    with_times(gtflops.Profile.load(saved)).save(path)
+    return path
+
+
+def test_select_within_time(timed: Path) -> None:
+    profile = gtflops.Profile.load(timed)
+    importance = {tensor.name: float(tensor.numel) for tensor in profile.tensors}
+    command = ["select", timed, "--importance", "numel", "--budget", "0.95"]
+    by_time = json.loads(run(*command, "--cost", "time", "--json").stdout)
+    assert by_time == gtflops.select(profile, importance, 0.95, cost="time").to_json()
+    assert by_time["budget_flops"] is None
+    assert (
+        by_time["seconds"] <= by_time["budget_seconds"] == pytest.approx(0.95 * profile.step_seconds("all"), abs=1e-9)
+    )
+    assert json.loads(run(*command, "--json").stdout)["names"] != by_time["names"]
+
+
+def test_frontier(saved: Path, timed: Path) -> None:
+    profile = gtflops.Profile.load(timed)
+    importance = {tensor.name: float(tensor.numel) for tensor in profile.tensors}
+    conditions = ["--cost", "time", "--form", "chain", "--granularity", "layer", "--must-train", "*.ln_f.*"]
+    conditions += ["--must-freeze", "*.wpe.*", "--max-elements", "60000000"]
+    command = ["frontier", timed, "--importance", "numel", "--budgets", "5"]
+    assert (
+        json.loads(run(*command, *conditions, "--json").stdout)
+        == gtflops.frontier(
+            profile,
+            importance,
+            budgets=5,
+            cost="time",
+            form="chain",
+            granularity="layer",
+            must_train="*.ln_f.*",
+            must_freeze="*.wpe.*",
+            max_elements=60_000_000,
+        ).to_json()
+    )
+    printed = run("frontier", saved, "--importance", "numel", "--budgets", "3").stdout
+    rows = [line.split() for line in printed.splitlines() if line.endswith("yes  ")]
+    points = list(gtflops.frontier(gtflops.Profile.load(saved), importance, budgets=3))
+    assert [(row[0], row[4], row[5]) for row in rows] == [
+        (f"{point.budget_flops / profile.full_flops:.4f}", f"{point.importance_captured:.2%}", str(len(point.names)))
+        for point in points
+    ]
+    assert "a stand-in and no measurement" in printed
+    assert " Time " in run(*command).stdout
+    assert " Time " not in printed
+
+
 def test_train(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     options = ["--data", pairs, "--budget", "0.7", "--steps", "6", "--every", "3", "--seq-len", "16", "--json"]
     first = json.loads(run("train", tiny, *options, "--save", tmp_path / "out", "--html", tmp_path / "run.html").stdout)
@@ -189,7 +242,7 @@ def test_ops_names_what_has_no_price_first(tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_gives_examples() -> None:
     listed = run("--help").stdout
-    for command in ("profile", "verify", "select", "ops", "train", "demo"):
+    for command in ("profile", "verify", "select", "frontier", "ops", "train", "demo"):
         assert command in listed
         assert "Example: gtflops" in run(command, "--help").stdout
     assert run("--version").stdout.startswith("gtflops ")
@@ -209,6 +262,10 @@ def test_help_names_every_command_and_gives_examples() -> None:
             "no tensor matches must_train='lm_hed'",
         ),
         (["select", "SAVED", "--importance", "absent.json"], "cannot read importances from absent.json"),
+        (["select", "SAVED", "--importance", "numel", "--cost", "time"], "gtflops.measure_time(profile, device).save("),
+        (["frontier", "SAVED", "--importance", "numel", "--cost", "time"], "has none for this batch"),
+        (["frontier", "SAVED", "--importance", "numel", "--max-elements", "5"], "the smallest has 768"),
+        (["frontier", "SAVED", "--importance", "SAVED"], "lacks"),
         (["train", "absent-model"], "cannot load 'absent-model'"),
         (["train", "absent-model", "--html", "run.txt"], "run.txt does not end in .html"),
         (["train", "absent-model", "--save-importance", "absent/i.json"], "there is no folder absent"),

@@ -55,6 +55,8 @@ def test_each_point_is_the_best_of_all_subsets(model: Callable[[], torch.nn.Modu
         {"form": "chain"},
         {"granularity": "layer", "must_freeze": "head.*"},
         {"must_train": "*.bias"},
+        {"max_elements": 700},
+        {"cost": "time", "max_elements": 500, "form": "chain"},
         {"cost": "time"},
         {"cost": "time", "form": "chain", "granularity": "layer"},
     ],
@@ -73,6 +75,36 @@ def test_each_point_and_any_other_is_what_select_finds(options: dict[str, Any]) 
     between = curve.selection(0.89)
     assert between.to_json() == gtflops.select(profile, importance, 0.89, **options).to_json()
     assert curve[0].value <= between.value <= curve[1].value
+
+
+@pytest.mark.parametrize("model", BATCHES)
+@pytest.mark.parametrize("room", [0.2, 0.5, 0.9])
+def test_a_limit_on_elements_holds_at_each_point(model: Callable[[], torch.nn.Module], room: float) -> None:
+    profile = profile_of(model)
+    importance = random_importance(profile, 5)
+    numel = np.array([tensor.numel for tensor in profile.tensors])
+    values = np.array([importance[name] for name in profile.names])
+    max_elements = max(int(room * numel.sum()), int(numel[values > 0].min()))
+    masks = every_mask(profile)[1:]
+    masks = masks[masks @ numel <= max_elements]
+    costs, worths = profile.step_flops_of_many(masks).sum(axis=1), masks @ values
+
+    curve = gtflops.frontier(profile, importance, budgets=16, max_elements=max_elements)
+    assert curve.budgets[0] == costs[worths > 0].min()
+    assert (curve.masks @ numel <= max_elements).all()
+    assert (np.diff(curve.value) >= 0).all()
+    for budget, value, bound in zip(curve.budgets, curve.value, curve.upper_bound, strict=True):
+        best = worths[costs <= budget].max()
+        assert value <= best + 1e-12
+        assert bound >= best - 1e-12
+    unlimited = gtflops.frontier(profile, importance, budgets=16)
+    assert curve.value[-1] < unlimited.value[-1] or unlimited.masks[-1] @ numel <= max_elements
+
+
+@pytest.mark.parametrize("number", [3, np.int64(3), np.uint8(3), np.array(3)])
+def test_any_integer_says_how_many(number: Any) -> None:
+    profile = profile_of(Branches)
+    assert len(gtflops.frontier(profile, random_importance(profile, 2), budgets=number)) == 3
 
 
 def test_it_begins_with_the_smallest_feasible_step() -> None:
@@ -133,7 +165,7 @@ def test_points_cannot_be_written_to() -> None:
         curve[0].mask[0] = True
 
 
-@pytest.mark.parametrize("budgets", [1, -2, True, 2.5, "many", None, [], [0.5, 1.2], ["half"]])
+@pytest.mark.parametrize("budgets", [1, -2, np.int8(1), True, np.True_, 2.5, "many", None, [], [0.5, 1.2], ["half"]])
 def test_budgets_that_are_none(budgets: Any) -> None:
     profile = profile_of(Branches)
     with pytest.raises(gtflops.InputError, match=r"budgets? is "):

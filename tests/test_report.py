@@ -555,7 +555,7 @@ def test_a_budget_of_time(profile: Profile, tmp_path: Path, suffix: str) -> None
     text = (tmp_path / f"time{suffix}").read_text()
     assert chosen.seconds is not None
     assert chosen.budget_seconds is not None
-    assert f"{format_seconds(chosen.budget_seconds)} a step" in text
+    assert f"{format_seconds(chosen.budget_seconds)}, 90.0% of the time of a full step" in text
     assert "Measured time of a step" in text
     assert format_seconds(chosen.seconds) in text
     assert f"{chosen.flops:,} FLOP" in text

@@ -17,15 +17,22 @@ from hypothesis import strategies as st
 import gtflops
 from branching_models import BATCHES, Attention, Branches, EncoderDecoder, Shared, every_mask, profile_of, with_times
 from gtflops import Profile, element_limit
+from gtflops.forms import GraphForm
 from gtflops.graph import Phase
 from gtflops.problem import layers_of
 from gtflops.solver import GraphKnapsack, KnapsackResult
+from highs import highs_graph
 from small_models import HalfUsed, build, padded_batch
 
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     return gtflops.profile(build("opt"), padded_batch())
+
+
+@pytest.fixture(scope="module")
+def opt_125m() -> Profile:
+    return gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=512)
 
 
 def uniform(profile: Profile) -> dict[str, float]:
@@ -294,6 +301,46 @@ def test_the_gap_under_a_limit_on_elements(profile: Profile, seed: int, budget: 
     selection = gtflops.select(profile, importance, budget, form="chain", max_elements=int(room * numel.sum()))
     assert numel[selection.mask].sum() <= int(room * numel.sum())
     assert selection.upper_bound <= 1.01 * selection.value
+
+
+@pytest.mark.parametrize("form", ["graph", "chain"])
+@pytest.mark.parametrize(("seed", "room"), [(0, 0.3), (1, 0.1), (2, 0.3), (3, 0.1)])
+def test_both_limits_in_one_prove_what_branching_does_not(
+    opt_125m: Profile, form: Literal["graph", "chain"], seed: int, room: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = opt_125m
+    numel = np.array([tensor.numel for tensor in profile.tensors])
+    values = np.random.default_rng(seed).lognormal(0.0, 1.0, len(numel)) * np.sqrt(numel)
+    importance = dict(zip(profile.names, values.tolist(), strict=True))
+    limit, max_elements = int(0.8 * profile.full_flops), int(room * numel.sum())
+    selection = gtflops.select(profile, importance, budget_flops=limit, max_elements=max_elements, form=form)
+    assert selection.optimal
+    assert selection.flops <= limit
+    assert numel[selection.mask].sum() <= max_elements
+    exact = profile.flops_form
+    graph = (exact.dependencies, exact.item_segments, exact.costs)
+    answer = highs_graph(*graph, values, limit - exact.base, 10.0, numel, max_elements)
+    assert selection.value <= answer.bound * (1 + 1e-7)
+    if form == "graph":
+        assert answer.mask is not None
+        assert values[answer.mask].sum() * (1 - 1e-7) <= selection.value
+    monkeypatch.setattr(element_limit, "MAX_WEIGHTS", 0)
+    branched = gtflops.select(profile, importance, budget_flops=limit, max_elements=max_elements, form=form)
+    assert not branched.optimal
+    assert branched.value <= selection.value + 1e-9 <= branched.upper_bound + 2e-9
+
+
+def test_a_surcharge_is_paid_for_each_item() -> None:
+    profile = profile_of(Branches)
+    masks = every_mask(profile)[::7]
+    surcharge = np.arange(len(profile.names), dtype=np.int64) * 1000 + 1
+    forced = np.arange(len(profile.names)) == 1
+    for form in (profile.flops_form, profile.flops_form.chain, profile.flops_form.paid(forced)):
+        charged = form.surcharged(3, surcharge)
+        for mask in masks:
+            assert charged.total(mask) == 3 * (form.total(mask) - form.base) + surcharge[mask].sum()
+            if isinstance(charged, GraphForm):
+                assert charged.chain.total(mask) >= charged.total(mask)
 
 
 def test_limits_on_elements_that_nothing_fits() -> None:
@@ -566,7 +613,7 @@ def test_two_budgets(profile: Profile) -> None:
         gtflops.select(profile, uniform(profile), 0.5, budget_flops=10**9)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1", 10**400])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1", 10**400, True])
 def test_importance_that_is_no_finite_number(profile: Profile, value: float) -> None:
     name = profile.names[4]
     with pytest.raises(gtflops.InputError, match=f"importance of '{name}' is .*expected a finite number"):

@@ -1,20 +1,24 @@
-"""The chain form of the selection problem: the C++ solver against brute force, plain DP and HiGHS."""
+"""The solver on bare arrays: the chain form against brute force, plain DP and HiGHS; what both forms accept."""
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gtflops.errors import InputError
-from gtflops.solver import KnapsackResult, knapsack
+from gtflops.solver import GraphKnapsack, KnapsackResult, knapsack
 from highs import Answer, highs_chain
 from reference import chain_cost, chain_optimum_brute_force, chain_optimum_dp
 
@@ -191,13 +195,20 @@ def test_edges(dw: list[int], dy: list[int], importance: list[float], capacity: 
     assert np.flatnonzero(result.mask).tolist() == selected
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.uint64, ">i4"])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.uint64, ">i4", object])
 def test_any_integer_dtype_and_layout(dtype: str | type) -> None:
     spread = np.array([4, 99, 4, 99, 9, 99], dtype=dtype)
     spread.flags.writeable = False
     importance = np.array([1.0, 2.5, 3.0], dtype=np.float32)[::-1]
     result = knapsack(spread[::2], np.ones(3, dtype=dtype), importance, 11)
     assert result.mask.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ">f8", np.longdouble, np.uint8, object])
+def test_any_real_dtype_of_importance(dtype: str | type) -> None:
+    importance = np.array([1, 9, 3, 9, 3], dtype=dtype)[::2]
+    importance.flags.writeable = False
+    assert knapsack([4, 4, 9], [1, 1, 1], importance, 11).mask.tolist() == [True, True, False]
 
 
 def test_the_answer_is_immutable() -> None:
@@ -216,9 +227,27 @@ def test_the_answer_is_immutable() -> None:
         ({"dw": [[1], [2, 3], []]}, "dw is not an array of numbers"),
         ({"dw": [1, -2, 3]}, r"dw\[1\] is -2; expected 0 or more"),
         ({"dy": [1, 2, -3]}, r"dy\[2\] is -3; expected 0 or more"),
-        ({"dw": [1.0, 2.0, 3.0]}, r"dw has dtype float64; expected integers"),
-        ({"dy": [True, False, True]}, r"dy has dtype bool; expected integers"),
-        ({"dw": [1, 2, 2**70]}, r"dw has dtype object; expected integers \(FLOPs\) that fit int64"),
+        ({"dw": None}, "dw is None; expected a sequence of numbers"),
+        ({"dw": {1, 2, 3}}, r"dw is \{1, 2, 3\}; expected a sequence of numbers"),
+        ({"dw": "123"}, "dw is '123'; expected a sequence of numbers"),
+        ({"dw": ["1", "2", "3"]}, r"dw\[0\] is '1'; expected an integer"),
+        ({"dw": [1, None, 3]}, r"dw\[1\] is None; expected an integer"),
+        ({"dw": [1, 2.0, 3]}, r"dw\[1\] is 2.0; expected an integer"),
+        ({"dw": np.array([1.0, 2.0, 3.0])}, r"dw has dtype float64; expected integers, such as dw.astype\(np.int64\)"),
+        ({"dw": torch.ones(3, requires_grad=True)}, "dw is not an array of numbers: .* requires grad"),
+        ({"dw": np.ma.array([1, 2, 3], mask=[0, 1, 0])}, r"dw is a masked array; .*such as dw.filled\(0\)"),
+        ({"importance": np.ma.array([1.0, 2.0, 3.0])}, "importance is a masked array"),
+        ({"dy": np.array([True, False, True])}, r"dy has dtype bool; expected integers"),
+        ({"dy": [1, True, 2]}, r"dy\[1\] is True; expected a number"),
+        ({"dy": np.array([1, True, 2], dtype=object)}, r"dy\[1\] is True; expected an integer"),
+        ({"importance": [1.0, True, 2.0]}, r"importance\[1\] is True; expected a number"),
+        ({"importance": np.array([1.0, True, 2.0], dtype=object)}, r"importance\[1\] is True; expected a number"),
+        ({"importance": np.array([True, False, True])}, "importance has dtype bool; expected real numbers"),
+        ({"dw": [1, 2, 2**70]}, r"dw\[2\] is 1180591620717411303424; expected at most 9223372036854775807"),
+        ({"dw": [1, -(2**70), 2]}, r"dw\[1\] is -1180591620717411303424; expected 0 or more"),
+        ({"dw": [1, 2, 2**63]}, r"dw\[2\] is 9223372036854775808; expected at most 9223372036854775807"),
+        ({"dw": [0, 2**63, -1]}, r"dw\[1\] is 9223372036854775808; expected at most 9223372036854775807"),
+        ({"dw": [10**5000, 1, 1]}, r"dw\[0\] is an integer of 16610 bits; expected at most"),
         ({"dw": np.array([1, 2**63, 3], dtype=np.uint64)}, r"dw\[1\] is 9223372036854775808; .*fit int64"),
         ({"dw": [2**62, 1, 1], "dy": [1, 2**62, 1]}, r"sum\(dw\) \+ sum\(dy\) does not fit .*dy\[1\]"),
         ({"importance": [1.0, math.nan, 1.0]}, r"importance\[1\] is nan; expected a finite number"),
@@ -227,17 +256,109 @@ def test_the_answer_is_immutable() -> None:
             {"importance": [1e308, 1e308, 1.0]},
             r"sum of the positive importances overflows float64 at importance\[1\]",
         ),
-        ({"importance": ["a", "b", "c"]}, "importance has dtype <U1; expected real numbers"),
-        ({"capacity": -1}, "capacity is -1; expected an integer from 0"),
-        ({"capacity": 2**63}, "capacity is 9223372036854775808; expected an integer from 0 to"),
+        ({"importance": [1.0, "b", 3.0]}, r"importance\[1\] is 'b'; expected a number"),
+        ({"importance": np.array([1j, 2, 3])}, "importance has dtype complex128; expected real numbers"),
+        ({"importance": [1.0, 2**2000, 3]}, r"importance\[1\] is too large for float64; expected a finite number"),
+        ({"importance": [[1.0, 2.0, 3.0]]}, r"importance has shape \(1, 3\); expected one dimension"),
+        ({"capacity": -1}, "capacity is -1; expected 0 or more"),
+        ({"capacity": 2**63}, "capacity is 9223372036854775808; expected at most 9223372036854775807"),
         ({"capacity": 1.5}, "capacity is 1.5; expected an integer"),
-        ({"max_states": 0}, "max_states is 0; expected an integer from 1"),
+        ({"capacity": "5"}, "capacity is '5'; expected an integer"),
+        ({"capacity": True}, "capacity is True; expected an integer"),
+        ({"capacity": np.True_}, "capacity is np.True_; expected an integer"),
+        ({"max_states": 0}, "max_states is 0; expected 1 or more"),
+        ({"max_states": True}, "max_states is True; expected an integer"),
     ],
 )
 def test_bad_input_is_named(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"dw": [1, 2, 3], "dy": [1, 2, 3], "importance": [1.0, 2.0, 3.0], "capacity": 5}
     with pytest.raises(InputError, match=message):
         knapsack(**(arguments | changes))
+
+
+DIAMOND: dict[str, Any] = {
+    "dependencies": [[], [0], [0], [1, 2]],
+    "tensor_segments": [[1], [3]],
+    "costs": [5, 1, 2, 4],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dependencies": None}, "dependencies is None; expected rows of segments"),
+        ({"tensor_segments": 5}, "tensor_segments is 5; expected rows of segments"),
+        ({"dependencies": [[], 0, [0], [1, 2]]}, r"dependencies\[1\] is 0; expected a sequence of numbers"),
+        ({"dependencies": [[], {0}, [0], [1, 2]]}, r"dependencies\[1\] is \{0\}; expected a sequence of numbers"),
+        ({"dependencies": [[], [[0]], [0], [1, 2]]}, r"dependencies\[1\] has shape \(1, 1\); expected one dimension"),
+        ({"dependencies": [[], [0.0], [0], [1, 2]]}, r"dependencies\[1\]\[0\] is 0.0; expected an integer"),
+        ({"dependencies": [[], [False], [0], [1, 2]]}, r"dependencies\[1\]\[0\] is False; expected a number"),
+        ({"dependencies": [[], [0], [0], [1, -2]]}, r"dependencies\[3\]\[1\] is -2; expected 0 or more"),
+        ({"dependencies": [[], [0], [0], [1, 3]]}, r"dependencies\[3\]\[1\] is 3; .* smaller index, below 3"),
+        (
+            {"dependencies": [[], [], [2**70], []]},
+            r"dependencies\[2\]\[0\] is 1180591620717411303424; expected at most",
+        ),
+        (
+            {"tensor_segments": [[], [], [0, 7]]},
+            r"tensor_segments\[2\]\[1\] is 7; expected one of the 4 segments, below 4",
+        ),
+        ({"tensor_segments": [[1], [-1]]}, r"tensor_segments\[1\]\[0\] is -1; expected 0 or more"),
+        ({"costs": [5, 1, 2]}, "costs has 3 elements and dependencies 4 rows"),
+        ({"costs": [5, 1, -2, 4]}, r"costs\[2\] is -2; expected 0 or more"),
+        ({"costs": [5, 1, 2, 2**63 - 8]}, "the sum of costs is 9223372036854775808; expected at most 92233"),
+        ({"costs": np.ones(4)}, "costs has dtype float64; expected integers"),
+    ],
+)
+def test_bad_graphs_are_named_by_row_and_element(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GraphKnapsack(**(DIAMOND | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dependencies": (np.array(row, dtype=">i8") for row in DIAMOND["dependencies"])},
+        {"dependencies": [(), range(1), np.zeros(1, dtype=np.uint8), np.array([1, 2], dtype=object)]},
+        {"tensor_segments": np.array([[1], [3]])},
+        {"tensor_segments": torch.tensor([[1], [3]])},
+        {"costs": torch.tensor(DIAMOND["costs"])},
+        {"costs": np.array(DIAMOND["costs"], dtype=object)},
+        {"costs": np.array([5, 0, 1, 0, 2, 0, 4, 0])[::2]},
+    ],
+)
+def test_any_rows_of_integers_are_a_graph(changes: dict[str, Any]) -> None:
+    graph = GraphKnapsack(**(DIAMOND | changes))
+    assert graph.solve([1.0, 1.5], 11).mask.tolist() == [True, False]
+    assert graph.solve([1.0, 1.5], 12).cost == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0], 12), "importance has 1 elements; expected 2, one a tensor"),
+        (([1.0, math.nan], 12), r"importance\[1\] is nan; expected a finite number"),
+        (([1.0, 1.5], True), "capacity is True; expected an integer"),
+        ((None, 12), "importance is None; expected a sequence of numbers"),
+    ],
+)
+def test_bad_requests_to_a_graph_are_named(arguments: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GraphKnapsack(**DIAMOND).solve(*arguments)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda graph: pickle.loads(pickle.dumps(graph))])
+def test_copies_of_a_graph_solve_the_same(copied: Callable[[GraphKnapsack], GraphKnapsack]) -> None:
+    costs = np.array(DIAMOND["costs"])
+    original = GraphKnapsack(**(DIAMOND | {"costs": costs}))
+    costs[:] = 0  # what the graph was made from is the caller's again
+    for capacity in range(14):
+        expected, found = original.solve([1.0, 1.5], capacity), copied(original).solve([1.0, 1.5], capacity)
+        assert (found.mask.tolist(), found.value, found.cost) == (expected.mask.tolist(), expected.value, expected.cost)
+    assert original.solve([1.0, 1.5], 11).mask.tolist() == [True, False]
+    no_segments = copied(GraphKnapsack([], [[], []], []))
+    assert no_segments.solve([1.0, 2.0], 0).mask.tolist() == [True, True]
 
 
 def test_importing_the_solver_does_not_import_torch() -> None:

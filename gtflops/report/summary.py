@@ -157,6 +157,7 @@ class SelectionSummary:
     dw_flops: int
     flops: int
     seconds: float | None
+    full_seconds: float | None
     value: float
     upper_bound: float
     optimal: bool
@@ -168,8 +169,8 @@ class SelectionSummary:
             budget = f"{self.budget_flops / self.full_flops:.2%} of a full step, {format_flops(self.budget_flops)}"
         else:
             assert self.budget_seconds is not None
-            budget = f"{format_seconds(self.budget_seconds)} a step"
-        measured = () if self.seconds is None else (("Measured time of a step", format_seconds(self.seconds)),)
+            budget = self._share_of_time(self.budget_seconds)
+        measured = () if self.seconds is None else (("Measured time of a step", self._share_of_time(self.seconds)),)
         return (
             ("Budget", budget),
             ("Exact cost of a step", f"{self.flops:,} FLOP, {self.flops / self.full_flops:.2%} of a full step"),
@@ -182,6 +183,9 @@ class SelectionSummary:
             ("Upper bound", f"{self.upper_bound:.6g}, for any selection under these conditions"),
             ("Optimal", "yes, proven" if self.optimal else "not proven; the upper bound says how much may be missing"),
         )
+
+    def _share_of_time(self, seconds: float) -> str:
+        return f"{format_seconds(seconds)}, {share(seconds, self.full_seconds or 0.0)} of the time of a full step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,6 +499,7 @@ def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
         dw_flops=dw,
         flops=selection.flops,
         seconds=selection.seconds,
+        full_seconds=None if profile.nanoseconds is None else profile.step_seconds("all"),
         value=selection.value,
         upper_bound=selection.upper_bound,
         optimal=selection.optimal,
@@ -539,7 +544,7 @@ def _fields(record: Any) -> dict[str, Any]:
 # --- how values are written, the same in every renderer ---------------------------------------------------------
 
 
-def share(part: int, whole: int) -> str:
+def share(part: float, whole: float) -> str:
     """A share in percent; of nothing, there is none."""
     return f"{part / whole:.1%}" if whole else "n/a"
 

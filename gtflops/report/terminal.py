@@ -8,11 +8,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from gtflops.curve import Frontier
 from gtflops.operators import Entry
 from gtflops.profiling import Profile
 from gtflops.report.summary import CompiledSummary, share, shorten, summarise, visible
 from gtflops.selection import Selection
-from gtflops.units import format_flops
+from gtflops.units import format_flops, format_seconds
 
 if TYPE_CHECKING:
     from gtflops.verification import Verification
@@ -104,6 +105,38 @@ def selection_table(selection: Selection) -> Table:
     table.add_column(overflow="fold")
     for label, value in summary.selection.facts():
         table.add_row(label, _name(value))
+    return table
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """What each budget buys, a row each."""
+    problem, profile = frontier.problem, frontier.problem.profile
+    time = () if profile.nanoseconds is None else ("Time",)
+    table = _table(
+        f"{profile.graph.model}: importance at each budget",
+        "Budget",
+        "FLOPs",
+        "Share",
+        *time,
+        "Importance captured",
+        "Tensors",
+        "Proved",
+    )
+    for budget, selection in zip(frontier.budgets.tolist(), frontier, strict=True):
+        proved = "yes"
+        if not selection.optimal:
+            proved = f"within {share(selection.upper_bound - selection.value, selection.value)}"
+        table.add_row(
+            f"{budget / problem.full:.4f}",
+            format_flops(selection.flops),
+            share(selection.flops, profile.full_flops),
+            *(format_seconds(selection.seconds or 0.0) for _ in time),
+            f"{selection.importance_captured:.2%}",
+            f"{len(selection.names):,}",
+            proved,
+        )
+    full = format_flops(problem.full) if problem.cost == "flops" else format_seconds(problem.full / 1e9)
+    table.caption = Text(f"Budget: share of a full step, {full}; {len(profile.tensors):,} tensors")
     return table
 
 
