@@ -1,12 +1,14 @@
 """Watching PyTorch's dispatcher: each operator that runs, as the data that the operator table prices."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gtflops.capture.unchanged import eagerly
 from gtflops.errors import UnsupportedOperatorError
 from gtflops.operators import Argument, Call, Flops, TensorType, lookup, price_executed
 
@@ -111,7 +113,8 @@ class ExecutedFlops(OperatorMode):
     """Counts the FLOPs of what really runs inside a ``with``, by gtflops' own table.
 
     ``flops`` holds both columns, ``total`` their sum; operators without a price are counted in ``unsupported`` by
-    name. Operators that make several gradients are priced by the ones that were asked for.
+    name. Operators that make several gradients are priced by the ones that were asked for. What ``torch.compile`` was
+    put on runs eagerly inside.
 
     >>> import torch
     >>> a = torch.ones(2, 3)
@@ -125,6 +128,17 @@ class ExecutedFlops(OperatorMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = Flops()
         self.unsupported: dict[str, int] = {}
+        self._entered: list[AbstractContextManager[object]] = []
+
+    def __enter__(self) -> Self:
+        self._entered.append(nullcontext() if self._entered else eagerly())
+        self._entered[-1].__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._entered.pop().__exit__(*error)
 
     @property
     def total(self) -> int:

@@ -2,9 +2,10 @@
 
 import copy
 import random
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
 
     That is the attributes of its modules, the dicts, lists, sets and deques in them at any depth, the content of the
     tensors in those, and the random states of Python, NumPy and torch. Objects of other classes are not looked into.
+    What ``torch.compile`` was put on runs eagerly meanwhile: see :func:`eagerly`.
     """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     containers: dict[int, tuple[Any, Any]] = {}
@@ -27,7 +29,7 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
             _remember(value, containers, tensors if name not in ("_parameters", "_buffers") else None)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), eagerly():
             yield
     finally:
         random.setstate(python_state)
@@ -37,6 +39,15 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
         for module, values in attributes:
             _refill(module.__dict__, values)
         restore_contents(tensors.values())
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Compiled modules and functions run as if they were not.
+
+    A function that dynamo first meets under a dispatch mode would never be compiled again, without a word.
+    """
+    # Its import takes seconds, and what is compiled has imported it.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def restore_contents(tensors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -23,6 +23,7 @@ from gtflops.profiling import Profile, profile
 from gtflops.selection import Selection, selection_of
 from gtflops.training import checkpoints
 from gtflops.training.budgets import BudgetLike, ByEpoch, Progress, budget_of, share_of
+from gtflops.training.compiling import warn_of_recompiles
 from gtflops.training.energy import Energy, EnergyMeter
 from gtflops.training.pricing import Prices
 from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
@@ -147,6 +148,7 @@ class GreenTrainer:
             "max_elements": max_elements,
             "allow_unsupported": allow_unsupported,
         }
+        warn_of_recompiles(model, granularity)
         self._prices = Prices(model, loss)
         if isinstance(profile_or_batch, Profile):
             self.profile = profile_or_batch
