@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UnsupportedOperatorError,
     )
-    from gtflops.importance import measure_importance
+    from gtflops.importance import ImportanceCheck, check_importance, expected_drop, measure_importance
     from gtflops.operators import register_flops
     from gtflops.profiling import Profile, StepFlops, TensorCost, profile
     from gtflops.selection import Selection, select
@@ -28,6 +28,7 @@ _HOME = {
     "Frontier": "curve",
     "GreenTrainer": "training",
     "GtflopsError": "errors",
+    "ImportanceCheck": "importance",
     "InfeasibleBudgetError": "errors",
     "InputError": "errors",
     "KnapsackResult": "solver",
@@ -38,6 +39,8 @@ _HOME = {
     "TensorCost": "profiling",
     "UnsupportedModelError": "errors",
     "UnsupportedOperatorError": "errors",
+    "check_importance": "importance",
+    "expected_drop": "importance",
     "frontier": "curve",
     "knapsack": "solver",
     "measure_importance": "importance",
@@ -52,6 +55,7 @@ __all__ = [
     "Frontier",
     "GreenTrainer",
     "GtflopsError",
+    "ImportanceCheck",
     "InfeasibleBudgetError",
     "InputError",
     "KnapsackResult",
@@ -62,6 +66,8 @@ __all__ = [
     "TensorCost",
     "UnsupportedModelError",
     "UnsupportedOperatorError",
+    "check_importance",
+    "expected_drop",
     "frontier",
     "knapsack",
     "measure_importance",
