@@ -58,12 +58,13 @@ def drop(
                 total -= torch.sum(change.mul_(slope), dtype=torch.float64)
         elif kind in _ELEMENTWISE:
             # In float64, as the change is the difference of two tensors.
+            alone = _of_its_own(kind, group)
             for part, slope, part_state in _chunks(tensor, gradient, state, torch.float64):
-                total -= torch.sum(_by_a_step(kind, part, slope, part_state, group).mul_(slope))
+                total -= torch.sum(_by_a_step(alone, part, slope, part_state).mul_(slope))
         else:
-            settings = {**group, "eps": _explicit_eps(group["eps"], tensor.dtype)}
+            alone = _of_its_own(kind, {**group, "eps": _explicit_eps(group["eps"], tensor.dtype)})
             slope = gradient.to(wide)
-            change = _by_a_step(kind, tensor.to(wide), slope, state, settings)
+            change = _by_a_step(alone, tensor.to(wide), slope, state)
             total -= torch.sum(change.mul_(slope), dtype=torch.float64)
     return total
 
@@ -100,30 +101,33 @@ def _chunks(
         yield flat[part].to(dtype), flat_gradient[part].to(dtype), {**others, **pieces}
 
 
-def _by_a_step(
-    kind: type[torch.optim.Optimizer],
-    tensor: torch.Tensor,
-    gradient: torch.Tensor,
-    state: Mapping[str, Any],
-    group: Mapping[str, Any],
-) -> torch.Tensor:
-    """The change that a step of such an optimizer makes to this tensor alone, on copies."""
-    moved = tensor.clone()
-    moved.grad = gradient.clone()
-    apart = {"foreach": False, "fused": None, "capturable": False, "differentiable": False}
+def _of_its_own(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """A new optimizer of this kind with these settings, in its plainest implementation."""
+    plain = {"foreach": False, "fused": None, "capturable": False, "differentiable": False}
     settings = {
-        name: apart.get(name, group[name])
+        name: plain.get(name, group[name])
         for name in inspect.signature(kind).parameters
         if name != "params" and name in group
     }
-    optimizer = kind([moved], **settings)
+    return kind([torch.zeros(1, 1)], **settings)
+
+
+def _by_a_step(
+    optimizer: torch.optim.Optimizer, tensor: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any]
+) -> torch.Tensor:
+    """The change that a step of ``optimizer`` makes to this tensor, on copies."""
+    moved = tensor.clone()
+    moved.grad = gradient.clone()
+    optimizer.param_groups[0]["params"] = [moved]
+    optimizer.state.clear()
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
             # A count of steps keeps its type; what is as long as a tensor is computed with in that tensor's.
-            value = value.to(tensor.dtype, copy=True) if value.dim() and value.is_floating_point() else value.clone()
-        optimizer.state[moved][key] = copy.deepcopy(value) if not isinstance(value, torch.Tensor) else value
-    with torch.no_grad():
-        optimizer.step()
+            is_wide = value.dim() > 0 and value.is_floating_point()
+            optimizer.state[moved][key] = value.to(tensor.dtype if is_wide else value.dtype, copy=True)
+        else:
+            optimizer.state[moved][key] = copy.deepcopy(value)
+    optimizer.step()
     return moved.sub_(tensor)
 
 
