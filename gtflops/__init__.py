@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UnsupportedOperatorError,
     )
-    from gtflops.importance import measure_importance
+    from gtflops.importance import ImportanceCheck, check_importance, expected_drop, measure_importance
     from gtflops.operators import register_flops
     from gtflops.profiling import Profile, StepFlops, TensorCost, profile
     from gtflops.selection import Selection, select
@@ -30,6 +30,7 @@ _HOME = {
     "Frontier": "curve",
     "GreenTrainer": "training",
     "GtflopsError": "errors",
+    "ImportanceCheck": "importance",
     "InfeasibleBudgetError": "errors",
     "InputError": "errors",
     "KnapsackResult": "solver",
@@ -40,6 +41,8 @@ _HOME = {
     "TensorCost": "profiling",
     "UnsupportedModelError": "errors",
     "UnsupportedOperatorError": "errors",
+    "check_importance": "importance",
+    "expected_drop": "importance",
     "frontier": "curve",
     "knapsack": "solver",
     "measure_importance": "importance",
@@ -55,6 +58,7 @@ __all__ = [
     "Frontier",
     "GreenTrainer",
     "GtflopsError",
+    "ImportanceCheck",
     "InfeasibleBudgetError",
     "InputError",
     "KnapsackResult",
@@ -65,6 +69,8 @@ __all__ = [
     "TensorCost",
     "UnsupportedModelError",
     "UnsupportedOperatorError",
+    "check_importance",
+    "expected_drop",
     "frontier",
     "knapsack",
     "measure_importance",

@@ -55,8 +55,8 @@ def test_selections_of_layers_need_four_graphs_in_all() -> None:
 
     train(12, choose=some_layers)
     assert backend.frame_count == 4
-    by_importance = train(4, budget=0.7)
-    assert len({record.names for record in by_importance.log.selections}) > 1
+    train(4, budget=0.7)
+    train(2, budget=0.9)
     assert backend.frame_count == 4
 
 

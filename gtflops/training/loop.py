@@ -4,6 +4,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,7 +18,8 @@ import torch
 from gtflops.capture import ExecutedFlops, Loss, call_model, loss_of
 from gtflops.capture.batches import describe_batch
 from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError
-from gtflops.importance import measure_importance
+from gtflops.importance import ImportanceCheck, expected_drop, measure_importance
+from gtflops.importance.measuring import restored
 from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
 from gtflops.profiling import Profile, profile
 from gtflops.selection import Selection, selection_of
@@ -168,6 +170,7 @@ class GreenTrainer:
         self._chosen: frozenset[str] | None = None
         self._trained: frozenset[str] | None = None
         self._share: float | None = None
+        self._to_check = False
         self._allowed, self._spent = self._before_step = 0, 0
         self._seconds_before = 0.0
         self._started: float | None = None
@@ -192,7 +195,8 @@ class GreenTrainer:
         assert self._chosen is not None
         costs = [self._prices.of(batch) for batch in batches]
         allowed, names, planned = self._within_budget(costs)
-        if reason := self.budget.exhausted(self._progress(costs), planned):
+        checking = sum(cost.forward_flops for cost in costs) if self._to_check else 0
+        if reason := self.budget.exhausted(self._progress(costs), planned + checking):
             raise BudgetSpentError(reason)
         self._before_step = self._allowed, self._spent
         self._allowed, self._spent = allowed, self._spent + planned
@@ -243,7 +247,7 @@ class GreenTrainer:
         flops = sum(cost.step_flops(measured).total for cost in costs)
         if reason := self.budget.exhausted(self._progress(costs[:1]), flops):
             raise BudgetSpentError(reason)
-        importance = measure_importance(self.model, batches, self.optimizer, self.loss)
+        importance = measure_importance(self.model, batches, self.optimizer, self.loss, scheduler=self.scheduler)
         self.log.measuring_flops += flops
         importance = {name: value if name in self.candidates else 0.0 for name, value in importance.items()}
         problem = Problem.of(costs[0], importance, **self._conditions)
@@ -251,6 +255,7 @@ class GreenTrainer:
         smallest_share = share_of(problem.smallest, problem.full)
         self._share = self.budget.share(self._progress(costs[:1], smallest_share, self._selections_left() * flops))
         limit = limit_of(costs[0], budget=self._share)
+        self._to_check = True
         return selection_of(problem, limit, problem.solve(limit))
 
     def _selections_left(self) -> int:
@@ -362,9 +367,10 @@ class GreenTrainer:
         return self.log
 
     def _step(self, batches: tuple[Any, ...]) -> StepRecord:
-        """The step that the last boundary opened."""
+        """The step that the last boundary opened. The first after a selection by importance checks the estimate."""
         started = time.perf_counter()
         record = self.log.steps[-1]
+        draws = checkpoints.random_states() if self._to_check else None
         try:
             with ExecutedFlops() if self.count_executed else nullcontext() as executed:
                 loss = sum(self._backward(batch, len(batches)) for batch in batches)
@@ -373,10 +379,18 @@ class GreenTrainer:
             self._allowed, self._spent = self._before_step
             self.optimizer.zero_grad(set_to_none=True)
             raise
+        scale = 1.0
         if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).item()
+            scale = min(1.0, self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ has it
+        predicted = None if draws is None else expected_drop(self.model, self.optimizer, scale=scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        check = None
+        if draws is not None and predicted is not None:
+            check = ImportanceCheck(predicted, loss, self._loss_again(batches, draws))
+            if not check.holds:
+                warnings.warn(f"step {record.step}: {check}", stacklevel=3)
         if self.scheduler is not None:
             self.scheduler.step()
         record = replace(
@@ -384,9 +398,22 @@ class GreenTrainer:
             loss=loss,
             executed_flops=None if executed is None else self.executed_flops(executed),
             seconds=time.perf_counter() - started,
+            predicted_drop=None if check is None else check.predicted,
+            real_drop=None if check is None else check.real,
         )
         self.log.steps[-1] = record
         return record
+
+    def _loss_again(self, batches: tuple[Any, ...], draws: Mapping[str, Any]) -> float:
+        """The loss on the batches of a step after it, with the random numbers of the step. Changes nothing."""
+        self._to_check = False
+        self.log.measuring_flops += sum(self._prices.of(batch).forward_flops for batch in batches)
+        with restored(self.model, {}), torch.no_grad():
+            checkpoints.restore_random_states(draws)
+            losses = [
+                loss_of(call_model(self.model, batch), batch, self.loss, trained=False).item() for batch in batches
+            ]
+        return sum(losses) / len(losses)
 
     def _backward(self, batch: Any, parts: int) -> float:
         """Forward and backward pass of one of the ``parts`` of a step; its share of the loss."""

@@ -69,6 +69,7 @@ class StepRecord:
 
     ``full_flops`` is what the same batches cost with every tensor trained. ``loss``, ``executed_flops`` and
     ``seconds`` are ``None`` where they were not observed: in a loop of the user's own, or without ``count_executed``.
+    The first step after a selection has what the loss was to fall by, to first order, and what it fell by.
     """
 
     step: int
@@ -79,11 +80,14 @@ class StepRecord:
     loss: float | None = None
     executed_flops: int | None = None
     seconds: float | None = None
+    predicted_drop: float | None = None
+    real_drop: float | None = None
 
 
 @dataclass(slots=True)
 class TrainingLog:
-    """What was trained, in order. FLOPs of training steps; each selection adds about one full step to measure.
+    """What was trained, in order. FLOPs of training steps; each selection adds about one full step to measure,
+    and a forward pass to check.
 
     ``stopped`` says why a run ended before its batches did, ``energy`` what it took, where that was measured.
     """
