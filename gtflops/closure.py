@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,13 @@ def saved_bytes(graph: Graph, needed: Sequence[int]) -> dict[int, int]:
         if storage not in before and tensors:
             by_readers[tensors] = by_readers.get(tensors, 0) + graph.storage_bytes[storage]
     return by_readers
+
+
+class CopiedByFields:
+    """A dataclass of which a copy, or a pickle, has the fields: what is cached, partly in C++, is worked out again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

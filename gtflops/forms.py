@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gtflops import _core
-from gtflops.closure import Segments, csr
+from gtflops.closure import CopiedByFields, Segments, csr
 from gtflops.solver import GraphKnapsack, KnapsackResult, knapsack
 
 CostName: TypeAlias = Literal["flops", "time"]
@@ -112,7 +112,7 @@ class ChainForm:
 
 
 @dataclass(frozen=True, eq=False)
-class GraphForm:
+class GraphForm(CopiedByFields):
     """Items that need segments of the backward pass, each of which costs once: the exact cost.
 
     ``chain`` is the same problem in the chain form, an upper bound of every cost in this one.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gtflops import _core
-from gtflops.closure import AFTER_FORWARD, Segments, needed_by, saved_bytes
+from gtflops.closure import AFTER_FORWARD, CopiedByFields, Segments, needed_by, saved_bytes
 from gtflops.compiled import CompiledStep
 from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
 from gtflops.files import write_whole
@@ -96,7 +96,7 @@ class UnsupportedOperator:
 
 
 @dataclass(frozen=True, eq=False)
-class Profile:
+class Profile(CopiedByFields):
     """The cost of one training step, for every selection of trainable tensors.
 
     ``prices`` has two rows, matrix products and everything else, and a column for each node of ``graph``; a

@@ -1,7 +1,9 @@
 """The frontier: at each budget what select finds, monotone, and to be asked at any other."""
 
+import copy
 import json
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -176,3 +178,17 @@ def test_a_budget_that_nothing_fits() -> None:
     profile = profile_of(Branches)
     with pytest.raises(gtflops.InfeasibleBudgetError, match="the smallest feasible budget"):
         gtflops.frontier(profile, random_importance(profile, 2), budgets=[0.05, 0.9])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+@pytest.mark.parametrize("form", ["graph", "chain"])
+def test_profiles_selections_and_frontiers_can_be_copied(copied: Callable[[Any], Any], form: Any) -> None:
+    profile = profile_of(Branches)
+    importance = random_importance(profile, 0)
+    selection = gtflops.select(profile, importance, 0.8, form=form)
+    curve = gtflops.frontier(profile, importance, budgets=5, form=form)
+    again = copied((profile, selection, curve))
+    assert again[0].step_flops(selection.mask) == profile.step_flops(selection.mask)
+    assert (again[1].names, again[1].flops, again[1].value) == (selection.names, selection.flops, selection.value)
+    assert again[2].selection(0.8).names == curve.selection(0.8).names
+    assert (again[2].masks == curve.masks).all()
