@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -242,7 +241,7 @@ def test_ops_names_what_has_no_price_first(tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_gives_examples() -> None:
     listed = run("--help").stdout
-    for command in ("profile", "verify", "select", "frontier", "ops", "train", "demo"):
+    for command in ("profile", "verify", "select", "frontier", "ops", "train", "compare", "demo"):
         assert command in listed
         assert "Example: gtflops" in run(command, "--help").stdout
     assert run("--version").stdout.startswith("gtflops ")
@@ -281,49 +280,6 @@ def test_errors_are_one_line(saved: Path, tiny: Path, arguments: list[str], mess
 
 def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in run("--debug", "profile", "absent.json", expect=1).stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no examples"),
-        ('{"prompt": "a"}', r"has the keys \['prompt'\]"),
-        ('{"prompt": "a", "target": ""}', "expected non-empty texts"),
-        ('{"prompt": "a", "target": "b"}\n{"prompt"', "pairs.jsonl:2 is no JSON"),
-        ("[1]", "has a list"),
-    ],
-)
-def test_examples_that_are_none(tmp_path: Path, text: str, message: str) -> None:
-    from gtflops.recipes.datasets import jsonl
-
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(text)
-    with pytest.raises(gtflops.InputError, match=message):
-        jsonl(path)
-
-
-def test_batches_have_their_loss_on_the_target_only(tiny: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from gtflops.recipes.datasets import Example, batches
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(tiny)
-    examples = [Example("what it costs", "", "a model"), Example("to be trained " * 9, " it", "a model learns")]
-    batch = next(batches(examples, tokenizer, batch_size=2, seq_len=12))
-    assert tokenizer.batch_decode(batch["input_ids"]) == [
-        "what it costs a model <eos> <pad> <pad> <pad> <pad> <pad> <pad>",
-        "to be trained to be trained to it a model learns <eos>",
-    ]
-    supervised = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
-    assert supervised == ["a model <eos>", "a model learns <eos>"]
-    assert batch["attention_mask"].sum(1).tolist() == [6, 12]
-    with pytest.raises(gtflops.InputError, match="leaves no room for its prompt in 4"):
-        next(batches(examples, tokenizer, batch_size=2, seq_len=4))
-    with pytest.raises(gtflops.InputError, match="2 examples do not fill a batch of 3"):
-        next(batches(examples, tokenizer, batch_size=3, seq_len=12))
-    epochs = batches(examples * 8, tokenizer, batch_size=2, seq_len=12, seed=1)
-    again = batches(examples * 8, tokenizer, batch_size=2, seq_len=12, seed=1)
-    assert all(torch.equal(next(epochs)["labels"], next(again)["labels"]) for _ in range(20))
 
 
 def test_the_packaged_model_and_data() -> None:
