@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import gtflops
 import gtflops.operators
 from branching_models import with_times
 from small_models import build
+from small_tokenizer import word_tokenizer
 
 
 def run(*arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -42,18 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     build("llama").save_pretrained(folder)
-    words = [
-        "<pad>",
-        "<eos>",
-        "<unk>",
-        *["a", "model", "learns", "what", "it", "costs", "and", "what", "it", "brings", "to", "be", "trained"],
-    ]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -60,6 +60,7 @@ def compare(
                 pretrained.tokenizer,
                 data,
                 one,
+                profile=next((run.base for run in runs.values()), None),
                 on_step=_reporting(on_progress, label, one.steps),
             )
         except GtflopsError as error:

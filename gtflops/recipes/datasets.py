@@ -105,7 +105,7 @@ def load(
         name,
         splits["train"],
         splits.get("validation") or splits["test"],
-        splits["test"],
+        splits.get("test", ()),
         recipe.seq_len,
         recipe.target_len,
         recipe.metric,
@@ -157,12 +157,12 @@ def _json_lines(path: Path) -> "Iterator[_Row]":
 
 
 def _csv_rows(path: Path) -> "Iterator[_Row]":
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
+    number = 0
     try:
-        for number, content in enumerate(reader, start=1):
+        for number, content in enumerate(csv.DictReader(io.StringIO(_read(path), newline=""), strict=True), start=1):
             yield _Row({str(key): value for key, value in content.items()}, f"{path} row {number}")
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num} is no CSV: {error}") from error
+        raise InputError(f"{path} row {number + 1} is no CSV: {error}") from error
 
 
 def _read(path: Path) -> str:

@@ -78,15 +78,15 @@ class CountedStep:
 class FineTuneResult:
     """A run: its log, what it trained, mean validation loss a target token before and after, and one counted step.
 
-    ``profile`` is that of the model as it was trained, adapters included; ``full_step_flops`` what a step of full
-    fine-tuning takes on the model as it came, to which every scheme's FLOPs are compared. ``loss_before`` is that of
-    the model as it came. ``trained`` are the tensors that the last step trained. ``quality`` is in percent.
+    ``profile`` is that of the model as it was trained, adapters included. ``base`` and ``loss_before`` are those of the
+    model as it came: every scheme's FLOPs are compared to a full step of that. ``trained`` are the tensors that the
+    last step trained. ``quality`` is in percent.
     """
 
     scheme: Scheme
     log: TrainingLog
     profile: Profile
-    full_step_flops: int
+    base: Profile
     selection: Selection | None
     trained: tuple[str, ...]
     loss_before: float
@@ -96,6 +96,11 @@ class FineTuneResult:
     memory: Memory | None
 
     @property
+    def full_step_flops(self) -> int:
+        """What a step of full fine-tuning takes."""
+        return self.base.full_flops
+
+    @property
     def flops_share(self) -> float:
         """Planned FLOPs of all steps, as a share of those of full fine-tuning."""
         return self.log.planned_flops / (self.full_step_flops * len(self.log.steps))
@@ -103,7 +108,7 @@ class FineTuneResult:
     @property
     def train_seconds(self) -> float:
         """Of the steps alone."""
-        return sum(step.seconds for step in self.log.steps)
+        return sum(step.seconds or 0.0 for step in self.log.steps)
 
 
 def finetune(
@@ -138,14 +143,12 @@ def finetune(
     ]
     first = next(stream)
     model.requires_grad_(True).train()
-    costs = profile or profile_of(model, first)
-    full_step_flops = costs.full_flops
+    base = profile or profile_of(model, first)
     loss_before = mean_loss(model, held_out) if loss_before is None else loss_before
 
     torch.manual_seed(settings.seed)
     trained = chosen.prepare(model).train()
-    if trained is not model:
-        costs = profile_of(trained, first)
+    costs = base if trained is model else profile_of(trained, first)
     optimizer = torch.optim.AdamW(
         [tensor for tensor in trained.parameters() if tensor.requires_grad], lr=settings.learning_rate
     )
@@ -181,7 +184,7 @@ def finetune(
         scheme=chosen,
         log=trainer.log,
         profile=costs,
-        full_step_flops=full_step_flops,
+        base=base,
         selection=trainer.selection,
         trained=tuple(name for name, tensor in trained.named_parameters() if tensor.requires_grad),
         loss_before=loss_before,

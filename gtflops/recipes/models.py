@@ -54,9 +54,10 @@ def load_pretrained(name: str, *, attention: str = "eager", device: str = "cpu")
         model = model.to(device)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers, safetensors and gguf have no common class of what may be wrong
+        message = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"cannot load {name!r} with weights: {str(error).splitlines()[0]} Expected 'smollm2', a folder written by "
+            f"cannot load {name!r} with weights: {message} Expected 'smollm2', a folder written by "
             "save_pretrained, a GGUF file, or a Hugging Face id in the cache or on the hub"
         ) from error
     if tokenizer.eos_token_id is None:

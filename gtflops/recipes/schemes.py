@@ -135,7 +135,7 @@ def lisa_choice(names: Sequence[str], step: int, *, seed: int, num_blocks: int =
     alone, so that a resumed run makes the same ones.
 
     >>> lisa_choice(["embed.weight", "layers.0.weight", "layers.1.weight", "head.weight"], 20, seed=0, num_blocks=1)
-    ('embed.weight', 'layers.0.weight', 'head.weight')
+    ('embed.weight', 'layers.1.weight', 'head.weight')
     """
     block_of = blocks_of(names)
     blocks = sorted({block for block in block_of.values() if block})
