@@ -422,6 +422,8 @@ def train_command(
 
     _require_writable(html, ".html")
     _require_writable(save_importance)
+    if save is not None:
+        _make_folder(save)
     examples = _data(data, data_path, columns, validation)
     settings = FineTuneSettings(
         steps=_num_steps(steps, epochs, len(examples.train), batch_size),
@@ -599,10 +601,7 @@ def demo_command(
     from gtflops.recipes.demo import run_demo
     from gtflops.recipes.finetune import FineTuneSettings
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; expected a folder") from error
+    _make_folder(folder)
     with _progress() as advance:
         demo = run_demo(FineTuneSettings(steps=steps, every=every, budget=budget, seed=seed), advance)
     results = _demo_json(demo)
@@ -887,6 +886,13 @@ def _require_writable(path: Path | None, suffix: str = "") -> None:
         raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
     if path is not None and not path.name.endswith(suffix):
         raise InputError(f"{path} does not end in {suffix}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; expected a folder") from error
 
 
 def _write_html(path: Path, costs: "Profile", selection: "Selection | None" = None, log: Any = None) -> None:

@@ -189,6 +189,40 @@ def test_train(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     assert "validation loss after" in table
 
 
+def test_train_by_another_scheme(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"question": "what it costs", "answer": ["a model", "x"]} for _ in range(12)]
+    path = tmp_path / "qa.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--data", "jsonl", "--data-path", path, "--columns", "prompt=question,target=answer", "--epochs", "1"]
+    sizes = ["--seq-len", "12", "--target-len", "4", "--quality-examples", "1", "--scheme", "lora", "--json"]
+    data = json.loads(run("train", tiny, *options, *sizes, "--save", tmp_path / "adapter").stdout)
+    assert data["scheme"] == "lora"
+    assert all(".lora_" in name for name in data["trained"])
+    assert len(data["losses"]) == 2  # ten examples to train on, in batches of four
+    assert set(data["quality"]) == {"rouge1", "rouge2", "rougeL"}
+    assert data["peak_memory_bytes"] > 0
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def test_compare(tiny: Path, pairs: Path) -> None:
+    options = ["--data", pairs, "--steps", "2", "--every", "1", "--seq-len", "16", "--target-len", "4"]
+    schemes = ["--schemes", "full, lisa,greentrainer@0.7", "--learning-rate-of", "lisa=1e-3", "--quality-examples", "2"]
+    data = json.loads(run("compare", tiny, *options, *schemes, "--json").stdout)
+    runs = data["runs"]
+    assert list(runs) == ["full", "lisa", "greentrainer@0.7"]
+    assert data["failed"] == {}
+    assert len({one["validation_loss_before"] for one in runs.values()}) == 1
+    assert len({one["losses"][0] for one in runs.values()}) == 1
+    assert all(one["executed_flops"] == one["planned_flops"] for one in runs.values())
+    assert [one["learning_rate"] for one in runs.values()] == [5e-5, 1e-3, 5e-5]
+    failing = ["--schemes", "full,greentrainer@0.01", "--quality-examples", "0", "--loss-examples", "2", "--no-count"]
+    result = run("compare", tiny, *options, *failing, expect=1)
+    assert "greentrainer@0.01 failed: budget" in result.stderr
+    (full,) = [line for line in result.stdout.splitlines() if " full " in line]
+    assert "1.000" in full
+    assert "not counted" in full
+
+
 def test_ops_lists_the_table() -> None:
     attention = run("ops", "--kind", "attention").stdout
     assert "_scaled_dot_product_flash_attention_for_cpu_backward" in attention
@@ -257,6 +291,13 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["train", "absent-model", "--html", "run.txt"], "run.txt does not end in .html"),
         (["train", "absent-model", "--save-importance", "absent/i.json"], "there is no folder absent"),
         (["train", "TINY", "--data", "absent.jsonl"], "cannot read absent.jsonl"),
+        (["train", "TINY", "--data", "scitdlr"], "there is no data set 'scitdlr' (nearest: 'scitldr')"),
+        (["train", "TINY", "--data", "piqa"], "from the Hugging Face hub"),
+        (["train", "TINY", "--scheme", "adapter"], "there is no scheme 'adapter'; expected one of full, top2"),
+        (["train", "TINY", "--steps", "3", "--epochs", "1"], "expected one of them"),
+        (["train", "TINY", "--columns", "question"], "--columns is 'question', expected name=value"),
+        (["compare", "TINY", "--schemes", "full,bitfit"], "has no biases for bitfit"),
+        (["compare", "TINY", "--learning-rate-of", "lora=high"], "the learning rate of lora is 'high'"),
     ],
 )
 def test_errors_are_one_line(saved: Path, tiny: Path, arguments: list[str], message: str) -> None:

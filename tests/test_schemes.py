@@ -1,7 +1,6 @@
 """Schemes train exactly what they should, at the FLOPs that are planned, from the same weights and seeds."""
 
 import copy
-import inspect
 import json
 from collections import Counter
 from dataclasses import replace
@@ -33,9 +32,6 @@ SETTINGS = FineTuneSettings(
     steps=4, batch_size=2, seq_len=16, target_len=4, every=2, budget=0.7, learning_rate=1e-2, count_executed=True
 )
 
-CHOOSES = "choose" in inspect.signature(gtflops.GreenTrainer).parameters
-RUNNABLE = [name for name in SCHEMES if name != "lisa" or CHOOSES]
-
 
 def small(family: str) -> Any:
     torch.manual_seed(0)
@@ -51,7 +47,7 @@ def small(family: str) -> Any:
 def runs() -> dict[str, tuple[FineTuneResult, Any, Any]]:
     """Each scheme's run on the small OPT, with the model before and after."""
     done = {}
-    for name in RUNNABLE:
+    for name in SCHEMES:
         model = small("opt")
         before = copy.deepcopy(model.state_dict())
         result = finetune(model, word_tokenizer(), DATA, replace(SETTINGS, scheme=name))
@@ -101,7 +97,6 @@ def test_greentrainer_moves_what_it_selected(runs: Any) -> None:
     assert result.flops_share <= 0.7
 
 
-@pytest.mark.skipif(not CHOOSES, reason="GreenTrainer has no choose= yet")
 def test_lisa_moves_what_was_drawn(runs: Any) -> None:
     result, before, model = runs["lisa"]
     names = result.profile.names
@@ -112,7 +107,7 @@ def test_lisa_moves_what_was_drawn(runs: Any) -> None:
     assert result.log.measuring_flops == 0
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_planned_flops_are_executed(name: str, runs: Any) -> None:
     result = runs[name][0]
     assert [step.executed_flops for step in result.log.steps] == [step.planned_flops for step in result.log.steps]
@@ -273,7 +268,7 @@ def test_what_was_learnt_is_judged() -> None:
     examples = [Example("who wrote", "", "the cat sat"), Example("who sat", "", "a model")]
     examples = [replace(example, answers=(example.target, "x")) for example in examples]
     data = DataSet("words", tuple(examples), tuple(examples), (), 8, 4, "answers")
-    settings = replace(SETTINGS, steps=60, seq_len=8, scheme="full", learning_rate=1e-2, num_quality=2, every=60)
+    settings = replace(SETTINGS, steps=50, seq_len=8, scheme="full", num_quality=2, count_executed=False)
     model = small("llama")
     sizes = {"seq_len": 8, "target_len": 4, "batch_size": 2}
     assert quality(model, word_tokenizer(), examples, "rouge", **sizes)["rouge1"] < 50

@@ -152,7 +152,6 @@ def finetune(
     optimizer = torch.optim.AdamW(
         [tensor for tensor in trained.parameters() if tensor.requires_grad], lr=settings.learning_rate
     )
-    choosing: dict[str, Any] = {} if chosen.choose is None else {"choose": chosen.choose(settings.seed)}
     trainer = GreenTrainer(
         trained,
         optimizer,
@@ -162,7 +161,7 @@ def finetune(
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / settings.steps)),
         count_executed=settings.count_executed,
         allow_unsupported=settings.allow_unsupported,
-        **choosing,
+        choose=None if chosen.choose is None else chosen.choose(settings.seed),
     )
     counted: CountedStep | None = None
 
