@@ -719,7 +719,7 @@ def _comparison_table(compared: "Comparison") -> Table:
             format_flops(run.log.measuring_flops),
             format_seconds(run.train_seconds),
             format_seconds(run.log.seconds - run.train_seconds),
-            "" if run.memory is None else f"{run.memory.peak_bytes / 1e9:.2f} GB",
+            "" if run.memory is None else f"{run.memory.peak_bytes / 1e6:,.0f} MB",
             f"{len(run.trained)} of {len(run.profile.tensors)}",
             f"{compared.settings[label].learning_rate:g}",
             f"{run.loss_after:.4f}",

@@ -218,7 +218,7 @@ def test_compare(tiny: Path, pairs: Path) -> None:
     failing = ["--schemes", "full,greentrainer@0.01", "--quality-examples", "0", "--loss-examples", "2", "--no-count"]
     result = run("compare", tiny, *options, *failing, expect=1)
     assert "greentrainer@0.01 failed: budget" in result.stderr
-    (full,) = [line for line in result.stdout.splitlines() if " full " in line]
+    (full,) = [line for line in result.stdout.splitlines() if line.startswith("│ full ")]
     assert "1.000" in full
     assert "not counted" in full
 
