@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import gtflops
-from gtflops.recipes.datasets import aclsum, batches
+from gtflops.recipes.batches import batches
+from gtflops.recipes.datasets import aclsum
 from gtflops.recipes.finetune import FineTuneSettings
 from gtflops.recipes.models import SMOLLM2, load_pretrained
 
@@ -20,7 +21,7 @@ NUM_BATCHES = 4
 
 
 def main() -> None:
-    settings = FineTuneSettings(steps=0)
+    settings = FineTuneSettings(steps=1)
     pretrained = load_pretrained(SMOLLM2)
     torch.manual_seed(settings.seed)
     stream = batches(

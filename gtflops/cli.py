@@ -20,8 +20,11 @@ from gtflops.operators import Entry, Kind
 
 if TYPE_CHECKING:
     from gtflops.profiling import Profile
+    from gtflops.recipes.compare import Comparison
+    from gtflops.recipes.datasets import DataSet
     from gtflops.recipes.demo import Demo
     from gtflops.recipes.finetune import FineTuneResult
+    from gtflops.recipes.models import Pretrained
     from gtflops.selection import Selection
 
 app = typer.Typer(
@@ -334,79 +337,251 @@ def ops_command(
         _print_wide(used_operators_table(costs, kind))
 
 
+# --- train and compare ------------------------------------------------------------------------------------------
+
+Weights = Annotated[
+    str,
+    typer.Argument(
+        help="'smollm2', a local folder, a GGUF file, or a Hugging Face id, with weights.", show_default=False
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(help="scitldr, dialogsum, webquestions, piqa, aclsum, or a JSON-lines file (jsonl with --data-path)."),
+]
+DataPath = Annotated[
+    Path | None, typer.Option(help="A local copy of the data: a folder with its own files; the hub without it.")
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="Columns of a JSON-lines file, as prompt=question,target=answer; prompt and target unless given."
+    ),
+]
+ValidationFile = Annotated[
+    Path | None, typer.Option(help="JSON-lines file to measure on; without it, every tenth example of such a file.")
+]
+MaybeSteps = Annotated[int | None, typer.Option(help="Optimizer steps; 75 unless --epochs is given.", min=1)]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training examples, in place of --steps.", min=1)]
+Sequences = Annotated[int, typer.Option(help="Sequences in a batch.", min=1)]
+Tokens = Annotated[
+    int | None, typer.Option(help="Tokens in a sequence; the data set's own length unless given.", min=1)
+]
+TargetLen = Annotated[
+    int | None,
+    typer.Option(help="Most tokens to generate, and length of an encoder-decoder's labels; the data set's own.", min=1),
+]
+LearningRate = Annotated[float, typer.Option(help="Peak of a linear decay to 0, AdamW.", min=0)]
+Seed = Annotated[int, typer.Option(help="Of the order of the examples, new weights and dropout.")]
+NumValidation = Annotated[
+    int | None, typer.Option("--loss-examples", help="Validation examples for the loss; all unless given.", min=1)
+]
+NumQuality = Annotated[
+    int,
+    typer.Option("--quality-examples", help="Validation examples to generate a text for and to judge; 0: none.", min=0),
+]
+ModelAttention = Annotated[Attention, typer.Option(help="Attention of the model.")]
+Device = Annotated[str | None, typer.Option(help="cpu, or cuda; cuda where there is one unless given.")]
+
+
 @app.command("train")
 def train_command(
-    model: Annotated[str, typer.Argument(help="'smollm2', a local folder, or a Hugging Face id, with weights.")],
-    data: Annotated[str, typer.Option(help="'aclsum', or a JSON-lines file with 'prompt' and 'target'.")] = "aclsum",
-    validation: Annotated[
-        Path | None, typer.Option(help="JSON-lines file to measure the loss on; without it, every tenth example.")
-    ] = None,
+    model: Weights,
+    scheme: Annotated[
+        str, typer.Option(help="full, top2, bitfit, lora, prefix, lisa or greentrainer.")
+    ] = "greentrainer",
+    data: Data = "aclsum",
+    data_path: DataPath = None,
+    columns: Columns = None,
+    validation: ValidationFile = None,
     budget: Budget = 0.5,
-    steps: Steps = 75,
+    steps: MaybeSteps = None,
+    epochs: Epochs = None,
     every: Every = 25,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 4,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", min=1)] = 224,
-    learning_rate: Annotated[float, typer.Option(help="Peak of a linear decay to 0, AdamW.", min=0)] = 5e-5,
-    seed: Annotated[int, typer.Option(help="Of the order of the examples and of dropout.")] = 0,
-    attention: Annotated[Attention, typer.Option(help="Attention of the model.")] = Attention.EAGER,
+    batch_size: Sequences = 4,
+    seq_len: Tokens = None,
+    target_len: TargetLen = None,
+    learning_rate: LearningRate = 5e-5,
+    seed: Seed = 0,
+    loss_examples: NumValidation = None,
+    quality_examples: NumQuality = 16,
+    attention: ModelAttention = Attention.EAGER,
+    device: Device = None,
     allow_unsupported: AllowUnsupported = False,
     save: Annotated[Path | None, typer.Option(help="Folder for the trained model.", file_okay=False)] = None,
     save_importance: Annotated[Path | None, typer.Option(help="Write the last importances here (JSON).")] = None,
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a causal language model under a budget.
+    """Fine-tune a language model, under a budget or by a scheme to compare with.
 
-    Example: gtflops train smollm2 --data aclsum --budget 0.5 --steps 75 --html run.html
+    Example: gtflops train smollm2 --scheme greentrainer --data aclsum --budget 0.5 --steps 75 --html run.html
     """
     from gtflops.files import write_whole
-    from gtflops.recipes.datasets import aclsum, jsonl
     from gtflops.recipes.finetune import FineTuneSettings, finetune
-    from gtflops.recipes.models import load_pretrained
 
-    if data == "aclsum":
-        train, held_out = aclsum("train"), aclsum("val")
-    else:
-        examples = jsonl(Path(data))
-        train = examples if validation else [example for index, example in enumerate(examples) if index % 10]
-        held_out = jsonl(validation) if validation else examples[::10]
+    _require_writable(html, ".html")
+    _require_writable(save_importance)
+    if save is not None:
+        _make_folder(save)
+    examples = _data(data, data_path, columns, validation)
     settings = FineTuneSettings(
-        steps=steps,
+        steps=_num_steps(steps, epochs, len(examples.train), batch_size),
+        scheme=scheme,
         batch_size=batch_size,
-        seq_len=seq_len,
+        seq_len=seq_len or examples.seq_len,
+        target_len=target_len or examples.target_len,
         budget=budget,
         every=every,
         learning_rate=learning_rate,
         seed=seed,
+        num_validation=loss_examples,
+        num_quality=quality_examples,
         allow_unsupported=allow_unsupported,
     )
-    _require_writable(html, ".html")
-    _require_writable(save_importance)
     with _progress() as advance:
-        advance("load", 0, 1)
-        pretrained = load_pretrained(model, attention=attention.value)
-        advance("load", 1, 1)
-        advance("train", 0, steps)
+        pretrained = _pretrained(model, attention, device, advance)
+        advance("train", 0, settings.steps)
         result = finetune(
             pretrained.model,
             pretrained.tokenizer,
-            train,
-            held_out,
+            examples,
             settings,
-            on_step=lambda record: advance("train", record.step + 1, steps),
+            on_step=lambda record: advance("train", record.step + 1, settings.steps),
+            save=save,
         )
     if as_json:
         _print_json(_run_json(result))
     else:
-        out.print(_runs_table({f"budget {budget:g}": result}))
-    if save is not None:
-        pretrained.model.save_pretrained(save)
-        pretrained.tokenizer.save_pretrained(save)
+        label = f"budget {budget:g}" if result.scheme.budgeted else result.scheme.name
+        out.print(_runs_table({label: result}))
     if save_importance is not None and result.selection is not None:
         write_whole(save_importance, json.dumps(dict(result.selection.importance), indent=1))
     if html is not None:
         _write_html(html, result.profile, result.selection, result.log)
     _say_written(save, save_importance, html)
+
+
+@app.command("compare")
+def compare_command(
+    model: Weights,
+    schemes: Annotated[
+        str,
+        typer.Option(
+            help="Names with commas between them, as 'gtflops train' has them; greentrainer@0.7 for a budget."
+        ),
+    ] = "full,lora,greentrainer",
+    data: Data = "aclsum",
+    data_path: DataPath = None,
+    columns: Columns = None,
+    validation: ValidationFile = None,
+    budget: Budget = 0.5,
+    steps: MaybeSteps = None,
+    epochs: Epochs = None,
+    every: Every = 25,
+    batch_size: Sequences = 4,
+    seq_len: Tokens = None,
+    target_len: TargetLen = None,
+    learning_rate: LearningRate = 5e-5,
+    learning_rate_of: Annotated[
+        list[str] | None, typer.Option(help="Another rate for one scheme, as lora=5e-4; repeatable.")
+    ] = None,
+    seed: Seed = 0,
+    loss_examples: NumValidation = None,
+    quality_examples: NumQuality = 16,
+    count: Annotated[bool, typer.Option(help="Count what every step executes; times are some percent longer.")] = True,
+    attention: ModelAttention = Attention.EAGER,
+    device: Device = None,
+    allow_unsupported: AllowUnsupported = False,
+    as_json: AsJson = False,
+) -> None:
+    """Several schemes from the same weights and seeds, in one table.
+
+    Example: gtflops compare smollm2 --schemes full,lora,greentrainer --data aclsum --learning-rate-of lora=5e-4
+    """
+    from gtflops.recipes.compare import compare
+    from gtflops.recipes.finetune import FineTuneSettings
+
+    examples = _data(data, data_path, columns, validation)
+    settings = FineTuneSettings(
+        steps=_num_steps(steps, epochs, len(examples.train), batch_size),
+        batch_size=batch_size,
+        seq_len=seq_len or examples.seq_len,
+        target_len=target_len or examples.target_len,
+        budget=budget,
+        every=every,
+        learning_rate=learning_rate,
+        seed=seed,
+        num_validation=loss_examples,
+        num_quality=quality_examples,
+        count_executed=count,
+        allow_unsupported=allow_unsupported,
+    )
+    rates = _pairs("learning-rate-of", learning_rate_of or [])
+    names = [name.strip() for name in schemes.split(",") if name.strip()]
+    with _progress() as advance:
+        pretrained = _pretrained(model, attention, device, advance)
+        compared = compare(
+            pretrained,
+            examples,
+            names,
+            settings,
+            learning_rates={name: _number(name, rate) for name, rate in rates.items()},
+            on_progress=advance,
+        )
+    if as_json:
+        _print_json(_comparison_json(compared))
+    else:
+        _print_wide(_comparison_table(compared))
+    for name, message in compared.failed.items():
+        err.print(f"{name} failed: {message}", markup=False, highlight=False, soft_wrap=True)
+    if compared.failed:
+        raise typer.Exit(1)
+
+
+def _data(data: str, path: Path | None, columns: str | None, validation: Path | None) -> "DataSet":
+    """A data set by name; a name that is none is the path of a JSON-lines file."""
+    from gtflops.recipes.datasets import NAMES, load
+
+    is_file = path is None and data not in NAMES and (data.endswith(".jsonl") or Path(data).exists())
+    name, where = ("jsonl", Path(data)) if is_file else (data, path)
+    named = None if columns is None else _pairs("columns", columns.split(","))
+    with err.status(f"reading {data}"):
+        return load(name, where, columns=named, validation=validation)
+
+
+def _pretrained(
+    model: str, attention: Attention, device: str | None, advance: Callable[[str, int, int], None]
+) -> "Pretrained":
+    import torch
+
+    from gtflops.recipes.models import load_pretrained
+
+    advance("load", 0, 1)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pretrained = load_pretrained(model, attention=attention.value, device=chosen)
+    advance("load", 1, 1)
+    return pretrained
+
+
+def _num_steps(steps: int | None, epochs: int | None, num_examples: int, batch_size: int) -> int:
+    if steps is not None and epochs is not None:
+        raise InputError(f"--steps is {steps} and --epochs is {epochs}; expected one of them")
+    return epochs * max(1, num_examples // batch_size) if epochs is not None else steps or 75
+
+
+def _pairs(option: str, texts: list[str]) -> dict[str, str]:
+    pairs = dict(text.split("=", 1) for text in texts if "=" in text)
+    if len(pairs) != len(texts):
+        raise InputError(f"--{option} is {','.join(texts)!r}, expected name=value, each name once")
+    return pairs
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"the learning rate of {name} is {text!r}, expected a number") from error
 
 
 @app.command("demo")
@@ -426,10 +601,7 @@ def demo_command(
     from gtflops.recipes.demo import run_demo
     from gtflops.recipes.finetune import FineTuneSettings
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; expected a folder") from error
+    _make_folder(folder)
     with _progress() as advance:
         demo = run_demo(FineTuneSettings(steps=steps, every=every, budget=budget, seed=seed), advance)
     results = _demo_json(demo)
@@ -478,7 +650,7 @@ def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
     row("planned FLOPs, all steps", lambda run: format_flops(run.log.planned_flops))
     row(
         "planned FLOPs a step, share of full",
-        lambda run: f"{run.log.steps[0].planned_flops / run.profile.full_flops:.3f}",
+        lambda run: f"{run.log.steps[0].planned_flops / run.full_step_flops:.3f}",
     )
     row("FLOPs to measure importance", lambda run: format_flops(run.log.measuring_flops))
     table.add_section()
@@ -491,24 +663,95 @@ def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
     row("seconds of selecting", lambda run: format_seconds(sum(record.seconds for record in run.log.selections)))
     row("validation loss before", lambda run: f"{run.loss_before:.4f}")
     row("validation loss after", lambda run: f"{run.loss_after:.4f}")
+    for metric in dict.fromkeys(metric for run in runs.values() for metric in run.quality):
+        row(f"{_METRICS[metric]} after", lambda run, metric=metric: f"{run.quality[metric]:.1f}")  # type: ignore[misc]
     table.add_section()
-    row("selected tensors", lambda run: f"{_num_selected(run)} of {len(run.profile.tensors)}")
-    row(
-        "importance captured",
-        lambda run: "all" if run.selection is None else f"{run.selection.importance_captured:.1%}",
-    )
+    row("selected tensors", lambda run: f"{len(run.trained)} of {len(run.profile.tensors)}")
+    if any(run.selection is not None for run in runs.values()):
+        row(
+            "importance captured",
+            lambda run: "all" if run.selection is None else f"{run.selection.importance_captured:.1%}",
+        )
     return table
 
 
-def _num_selected(run: "FineTuneResult") -> int:
-    return len(run.profile.tensors) if run.selection is None else len(run.selection.names)
+_METRICS = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "accuracy": "accuracy",
+}
+
+
+def _comparison_table(compared: "Comparison") -> Table:
+    """A row for each scheme."""
+    from gtflops.units import format_flops, format_seconds
+
+    runs = compared.runs
+    settings = next(iter(compared.settings.values()))
+    before = next((f", validation loss before {run.loss_before:.4f}" for run in runs.values()), "")
+    memory = next((f" Memory: {run.memory.measured}." for run in runs.values() if run.memory is not None), "")
+    table = Table(
+        title=f"{compared.data}, {settings.steps} steps of {settings.batch_size} x {settings.seq_len} tokens{before}",
+        title_justify="left",
+        caption="Share: planned FLOPs of the steps by those of full fine-tuning. Measuring: FLOPs to measure "
+        f"importance, not in the share. Time: of the steps; selecting comes on top.{memory}",
+        caption_justify="left",
+    )
+    metrics = list(dict.fromkeys(metric for run in runs.values() for metric in run.quality))
+    headings = ["Planned", "Share", "Executed", "Measuring", "Time", "Selecting", "Memory", "Tensors", "Rate", "Loss"]
+    table.add_column("Scheme")
+    for heading in (*headings, *(_METRICS[metric] for metric in metrics)):
+        table.add_column(heading, justify="right")
+    for label, run in runs.items():
+        executed = run.log.executed_flops
+        table.add_row(
+            label,
+            format_flops(run.log.planned_flops),
+            f"{run.flops_share:.3f}",
+            "not counted"
+            if executed is None
+            else "equal"
+            if executed == run.log.planned_flops
+            else format_flops(executed),
+            format_flops(run.log.measuring_flops),
+            format_seconds(run.train_seconds),
+            format_seconds(run.log.seconds - run.train_seconds),
+            "" if run.memory is None else f"{run.memory.peak_bytes / 1e6:,.0f} MB",
+            f"{len(run.trained)} of {len(run.profile.tensors)}",
+            f"{compared.settings[label].learning_rate:g}",
+            f"{run.loss_after:.4f}",
+            *(f"{run.quality[metric]:.1f}" for metric in metrics),
+        )
+    for label in compared.failed:
+        table.add_row(label, "failed")
+    return table
+
+
+def _comparison_json(compared: "Comparison") -> dict[str, Any]:
+    return {
+        "data": compared.data,
+        "runs": {
+            label: {"learning_rate": compared.settings[label].learning_rate, **_run_json(run)}
+            for label, run in compared.runs.items()
+        },
+        "failed": dict(compared.failed),
+    }
 
 
 def _run_json(run: "FineTuneResult") -> dict[str, Any]:
     return {
+        "scheme": run.scheme.name,
+        "trained": list(run.trained),
         "planned_flops": run.log.planned_flops,
+        "executed_flops": run.log.executed_flops,
         "measuring_flops": run.log.measuring_flops,
-        "full_step_flops": run.profile.full_flops,
+        "full_step_flops": run.full_step_flops,
+        "flops_share": run.flops_share,
+        "peak_memory_bytes": None if run.memory is None else run.memory.peak_bytes,
+        "peak_memory_measured": None if run.memory is None else run.memory.measured,
         "counted_step": {
             "planned": run.counted.planned,
             "executed": run.counted.executed,
@@ -520,6 +763,7 @@ def _run_json(run: "FineTuneResult") -> dict[str, Any]:
         "losses": [step.loss for step in run.log.steps],
         "validation_loss_before": run.loss_before,
         "validation_loss_after": run.loss_after,
+        "quality": dict(run.quality),
         "selections": [
             {"step": record.step, **record.selection.to_json()}
             for record in run.log.selections
@@ -642,6 +886,13 @@ def _require_writable(path: Path | None, suffix: str = "") -> None:
         raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
     if path is not None and not path.name.endswith(suffix):
         raise InputError(f"{path} does not end in {suffix}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; expected a folder") from error
 
 
 def _write_html(path: Path, costs: "Profile", selection: "Selection | None" = None, log: Any = None) -> None:

@@ -5,17 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import gtflops
 import gtflops.operators
 from branching_models import with_times
 from small_models import build
+from small_tokenizer import word_tokenizer
 
 
 def run(*arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -43,18 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     build("llama").save_pretrained(folder)
-    words = [
-        "<pad>",
-        "<eos>",
-        "<unk>",
-        *["a", "model", "learns", "what", "it", "costs", "and", "what", "it", "brings", "to", "be", "trained"],
-    ]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -202,6 +189,40 @@ def test_train(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     assert "validation loss after" in table
 
 
+def test_train_by_another_scheme(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"question": "what it costs", "answer": ["a model", "x"]} for _ in range(12)]
+    path = tmp_path / "qa.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--data", "jsonl", "--data-path", path, "--columns", "prompt=question,target=answer", "--epochs", "1"]
+    sizes = ["--seq-len", "12", "--target-len", "4", "--quality-examples", "1", "--scheme", "lora", "--json"]
+    data = json.loads(run("train", tiny, *options, *sizes, "--save", tmp_path / "adapter").stdout)
+    assert data["scheme"] == "lora"
+    assert all(".lora_" in name for name in data["trained"])
+    assert len(data["losses"]) == 2  # ten examples to train on, in batches of four
+    assert set(data["quality"]) == {"rouge1", "rouge2", "rougeL"}
+    assert data["peak_memory_bytes"] > 0
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def test_compare(tiny: Path, pairs: Path) -> None:
+    options = ["--data", pairs, "--steps", "2", "--every", "1", "--seq-len", "16", "--target-len", "4"]
+    schemes = ["--schemes", "full, lisa,greentrainer@0.7", "--learning-rate-of", "lisa=1e-3", "--quality-examples", "2"]
+    data = json.loads(run("compare", tiny, *options, *schemes, "--json").stdout)
+    runs = data["runs"]
+    assert list(runs) == ["full", "lisa", "greentrainer@0.7"]
+    assert data["failed"] == {}
+    assert len({one["validation_loss_before"] for one in runs.values()}) == 1
+    assert len({one["losses"][0] for one in runs.values()}) == 1
+    assert all(one["executed_flops"] == one["planned_flops"] for one in runs.values())
+    assert [one["learning_rate"] for one in runs.values()] == [5e-5, 1e-3, 5e-5]
+    failing = ["--schemes", "full,greentrainer@0.01", "--quality-examples", "0", "--loss-examples", "2", "--no-count"]
+    result = run("compare", tiny, *options, *failing, expect=1)
+    assert "greentrainer@0.01 failed: budget" in result.stderr
+    (full,) = [line for line in result.stdout.splitlines() if line.startswith("│ full ")]
+    assert "1.000" in full
+    assert "not counted" in full
+
+
 def test_ops_lists_the_table() -> None:
     attention = run("ops", "--kind", "attention").stdout
     assert "_scaled_dot_product_flash_attention_for_cpu_backward" in attention
@@ -242,7 +263,7 @@ def test_ops_names_what_has_no_price_first(tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_gives_examples() -> None:
     listed = run("--help").stdout
-    for command in ("profile", "verify", "select", "frontier", "ops", "train", "demo"):
+    for command in ("profile", "verify", "select", "frontier", "ops", "train", "compare", "demo"):
         assert command in listed
         assert "Example: gtflops" in run(command, "--help").stdout
     assert run("--version").stdout.startswith("gtflops ")
@@ -270,6 +291,13 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["train", "absent-model", "--html", "run.txt"], "run.txt does not end in .html"),
         (["train", "absent-model", "--save-importance", "absent/i.json"], "there is no folder absent"),
         (["train", "TINY", "--data", "absent.jsonl"], "cannot read absent.jsonl"),
+        (["train", "TINY", "--data", "scitdlr"], "there is no data set 'scitdlr' (nearest: 'scitldr')"),
+        (["train", "TINY", "--data", "piqa"], "from the Hugging Face hub"),
+        (["train", "TINY", "--scheme", "adapter"], "there is no scheme 'adapter'; expected one of full, top2"),
+        (["train", "TINY", "--steps", "3", "--epochs", "1"], "expected one of them"),
+        (["train", "TINY", "--columns", "question"], "--columns is 'question', expected name=value"),
+        (["compare", "TINY", "--schemes", "full,bitfit"], "has no biases for bitfit"),
+        (["compare", "TINY", "--learning-rate-of", "lora=high"], "the learning rate of lora is 'high'"),
     ],
 )
 def test_errors_are_one_line(saved: Path, tiny: Path, arguments: list[str], message: str) -> None:
@@ -281,49 +309,6 @@ def test_errors_are_one_line(saved: Path, tiny: Path, arguments: list[str], mess
 
 def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in run("--debug", "profile", "absent.json", expect=1).stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no examples"),
-        ('{"prompt": "a"}', r"has the keys \['prompt'\]"),
-        ('{"prompt": "a", "target": ""}', "expected non-empty texts"),
-        ('{"prompt": "a", "target": "b"}\n{"prompt"', "pairs.jsonl:2 is no JSON"),
-        ("[1]", "has a list"),
-    ],
-)
-def test_examples_that_are_none(tmp_path: Path, text: str, message: str) -> None:
-    from gtflops.recipes.datasets import jsonl
-
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(text)
-    with pytest.raises(gtflops.InputError, match=message):
-        jsonl(path)
-
-
-def test_batches_have_their_loss_on_the_target_only(tiny: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from gtflops.recipes.datasets import Example, batches
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(tiny)
-    examples = [Example("what it costs", "", "a model"), Example("to be trained " * 9, " it", "a model learns")]
-    batch = next(batches(examples, tokenizer, batch_size=2, seq_len=12))
-    assert tokenizer.batch_decode(batch["input_ids"]) == [
-        "what it costs a model <eos> <pad> <pad> <pad> <pad> <pad> <pad>",
-        "to be trained to be trained to it a model learns <eos>",
-    ]
-    supervised = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
-    assert supervised == ["a model <eos>", "a model learns <eos>"]
-    assert batch["attention_mask"].sum(1).tolist() == [6, 12]
-    with pytest.raises(gtflops.InputError, match="leaves no room for its prompt in 4"):
-        next(batches(examples, tokenizer, batch_size=2, seq_len=4))
-    with pytest.raises(gtflops.InputError, match="2 examples do not fill a batch of 3"):
-        next(batches(examples, tokenizer, batch_size=3, seq_len=12))
-    epochs = batches(examples * 8, tokenizer, batch_size=2, seq_len=12, seed=1)
-    again = batches(examples * 8, tokenizer, batch_size=2, seq_len=12, seed=1)
-    assert all(torch.equal(next(epochs)["labels"], next(again)["labels"]) for _ in range(20))
 
 
 def test_the_packaged_model_and_data() -> None:

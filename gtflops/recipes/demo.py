@@ -9,7 +9,8 @@ from importlib.metadata import version
 import torch
 
 from gtflops.profiling import Profile, profile
-from gtflops.recipes.datasets import aclsum, batches
+from gtflops.recipes.batches import batches
+from gtflops.recipes.datasets import load
 from gtflops.recipes.finetune import FineTuneResult, FineTuneSettings, finetune
 from gtflops.recipes.models import SMOLLM2, load_pretrained
 from gtflops.verification import count_forward_by_fvcore
@@ -43,9 +44,9 @@ def run_demo(
     pretrained = load_pretrained(SMOLLM2)
     model, tokenizer = pretrained.model, pretrained.tokenizer
     weights = copy.deepcopy(model.state_dict())
-    train, validation = aclsum("train"), aclsum("val")[:NUM_VALIDATION]
+    data = load("aclsum")
     batch = next(
-        batches(train, tokenizer, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=settings.seed)
+        batches(data.train, tokenizer, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=settings.seed)
     )
     on_progress("load", 1, 1)
 
@@ -54,22 +55,21 @@ def run_demo(
     fvcore_forward = count_forward_by_fvcore(model, batch).flops
     on_progress("profile", 1, 1)
 
-    def run(stage: str, budget: float | None, loss_before: float | None) -> FineTuneResult:
+    def run(stage: str, scheme: str, loss_before: float | None) -> FineTuneResult:
         on_progress(stage, 0, settings.steps)
         model.load_state_dict(weights)
         return finetune(
             model,
             tokenizer,
-            train,
-            validation,
-            replace(settings, budget=budget),
+            data,
+            replace(settings, scheme=scheme, num_validation=NUM_VALIDATION),
             profile=costs,
             loss_before=loss_before,
             on_step=lambda record: on_progress(stage, record.step + 1, settings.steps),
         )
 
-    full = run("full", None, None)
-    budgeted = run("budgeted", settings.budget, full.loss_before)
+    full = run("full", "full", None)
+    budgeted = run("budgeted", "greentrainer", full.loss_before)
     return Demo(
         settings=settings,
         profile=costs,

@@ -1,17 +1,23 @@
-"""Fine-tune a causal language model under a budget, and say what it cost and what it brought."""
+"""Fine-tune a language model by a scheme, and say what it cost and what it brought."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtflops.capture import ExecutedFlops
+from gtflops.errors import InputError
 from gtflops.profiling import Profile
-from gtflops.recipes.datasets import IGNORED, Batch, Example, batches
+from gtflops.profiling import profile as profile_of
+from gtflops.recipes.batches import Batch, batches, in_order
+from gtflops.recipes.datasets import DataSet
+from gtflops.recipes.evaluation import mean_loss, on_device, quality
+from gtflops.recipes.memory import Memory, PeakMemory
+from gtflops.recipes.schemes import Scheme, scheme
 from gtflops.selection import Selection
 from gtflops.training import GreenTrainer, StepRecord, TrainingLog
 
@@ -21,18 +27,39 @@ class FineTuneSettings:
     """What a run depends on besides model and data."""
 
     steps: int
+    scheme: str = "greentrainer"
+    """One of :data:`gtflops.recipes.schemes.SCHEMES`."""
     batch_size: int = 4
     seq_len: int = 224
-    budget: float | None = 0.5
-    """Share of a full step's FLOPs; None trains everything."""
+    target_len: int = 64
+    """The longest text to generate, and the length of an encoder-decoder's labels."""
+    budget: float = 0.5
+    """Share of a full step's FLOPs, for the scheme greentrainer."""
     every: int = 100
     """Optimizer steps between selections."""
     learning_rate: float = 5e-5
     """Peak of AdamW's linear decay to zero, without warm-up (the published recipe's schedule)."""
     seed: int = 0
-    """Of the order of the examples and of dropout."""
+    """Of the order of the examples, of new weights (adapters, prefixes), of random blocks and of dropout."""
+    num_validation: int | None = None
+    """Validation examples that the loss is measured on; None is all."""
+    num_quality: int = 0
+    """Validation examples that the quality is measured on, which takes a generated text each; 0 leaves it out."""
+    count_executed: bool = False
+    """Count what each step executes, instead of one step alone (some percent slower)."""
     allow_unsupported: bool = False
     """Count operators without a price as free."""
+
+    def __post_init__(self) -> None:
+        scheme(self.scheme)
+        for name in ("steps", "batch_size", "seq_len", "target_len", "every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.num_quality < 0 or (self.num_validation is not None and self.num_validation < 1):
+            raise InputError(
+                f"num_quality is {self.num_quality} and num_validation {self.num_validation}, expected numbers of "
+                "examples; num_quality=0 leaves the quality out"
+            )
 
 
 @dataclass(frozen=True)
@@ -49,95 +76,148 @@ class CountedStep:
 
 @dataclass(frozen=True)
 class FineTuneResult:
-    """A run: its log, mean validation loss a target token before and after, and one counted step."""
+    """A run: its log, what it trained, mean validation loss a target token before and after, and one counted step.
 
+    ``profile`` is that of the model as it was trained, adapters included. ``base`` and ``loss_before`` are those of the
+    model as it came: every scheme's FLOPs are compared to a full step of that. ``trained`` are the tensors that the
+    last step trained. ``quality`` is in percent.
+    """
+
+    scheme: Scheme
     log: TrainingLog
     profile: Profile
+    base: Profile
     selection: Selection | None
+    trained: tuple[str, ...]
     loss_before: float
     loss_after: float
+    quality: Mapping[str, float]
     counted: CountedStep
+    memory: Memory | None
+
+    @property
+    def full_step_flops(self) -> int:
+        """What a step of full fine-tuning takes."""
+        return self.base.full_flops
+
+    @property
+    def flops_share(self) -> float:
+        """Planned FLOPs of all steps, as a share of those of full fine-tuning."""
+        return self.log.planned_flops / (self.full_step_flops * len(self.log.steps))
+
+    @property
+    def train_seconds(self) -> float:
+        """Of the steps alone."""
+        return sum(step.seconds or 0.0 for step in self.log.steps)
 
 
 def finetune(
     model: Any,
     tokenizer: Any,
-    train: Sequence[Example],
-    validation: Sequence[Example],
+    data: DataSet,
     settings: FineTuneSettings,
     *,
     profile: Profile | None = None,
     loss_before: float | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    save: Path | None = None,
 ) -> FineTuneResult:
-    """Train ``model`` in place for ``settings.steps`` steps.
+    """Train ``model`` in place for ``settings.steps`` steps, on the device that it is on.
 
-    ``profile`` and ``loss_before`` are taken as known where given. Two runs from the same weights and settings, on
-    the same machine with the same number of threads, give the same losses.
+    ``profile`` (of the model as it comes) and ``loss_before`` are taken as known where given. Two runs from the same
+    weights and settings, on the same machine with the same number of threads, give the same losses. The trained model,
+    or its adapters alone, is written to the folder ``save`` as soon as it is trained.
     """
-    torch.manual_seed(settings.seed)
-    sizes = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
-    stream = batches(train, tokenizer, seed=settings.seed, **sizes)
-    held_out = list(islice(batches(validation, tokenizer, **sizes), len(validation) // settings.batch_size))
-    model.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / settings.steps))
+    chosen = scheme(settings.scheme)
+    device = next(model.parameters()).device
+    sizes: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "seq_len": settings.seq_len,
+        "target_len": settings.target_len if model.config.is_encoder_decoder else None,
+    }
+    if not data.validation:
+        raise InputError(f"{data.name} has no validation examples; expected at least one to measure the loss on")
+    stream = (on_device(batch, device) for batch in batches(data.train, tokenizer, seed=settings.seed, **sizes))
+    held_out = [
+        on_device(batch, device) for batch in in_order(data.validation[: settings.num_validation], tokenizer, **sizes)
+    ]
     first = next(stream)
-    trainer = GreenTrainer(
-        model,
-        optimizer,
-        profile or first,
-        settings.budget,
-        settings.every,
-        scheduler=scheduler,
-        allow_unsupported=settings.allow_unsupported,
+    model.requires_grad_(True).train()
+    base = profile or profile_of(model, first)
+    loss_before = mean_loss(model, held_out) if loss_before is None else loss_before
+
+    torch.manual_seed(settings.seed)
+    trained = chosen.prepare(model).train()
+    costs = base if trained is model else profile_of(trained, first)
+    optimizer = torch.optim.AdamW(
+        [tensor for tensor in trained.parameters() if tensor.requires_grad], lr=settings.learning_rate
     )
-    if loss_before is None:
-        loss_before = mean_loss(model, held_out)
+    trainer = GreenTrainer(
+        trained,
+        optimizer,
+        costs,
+        settings.budget if chosen.budgeted else None,
+        settings.every,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / settings.steps)),
+        count_executed=settings.count_executed,
+        allow_unsupported=settings.allow_unsupported,
+        choose=None if chosen.choose is None else chosen.choose(settings.seed),
+    )
     counted: CountedStep | None = None
 
     def count_then_report(record: StepRecord) -> None:
         nonlocal counted
         if counted is None:  # after the first step, so that the first selection is in force
-            counted = count_step(trainer, first)
+            counted = count_step(trained, costs, first, allow_unsupported=settings.allow_unsupported)
         if on_step is not None:
             on_step(record)
 
-    trainer.fit([first, *islice(stream, settings.steps - 1)], on_step=count_then_report)
+    torch.manual_seed(settings.seed)  # whatever the scheme drew, dropout is the same
+    with PeakMemory(trained) as peak:
+        trainer.fit(chain([first], islice(stream, settings.steps - 1)), on_step=count_then_report)
     assert counted is not None
+    if save is not None:
+        trained.save_pretrained(save)
+        tokenizer.save_pretrained(save)
     return FineTuneResult(
+        scheme=chosen,
         log=trainer.log,
-        profile=trainer.profile,
+        profile=costs,
+        base=base,
         selection=trainer.selection,
+        trained=tuple(name for name, tensor in trained.named_parameters() if tensor.requires_grad),
         loss_before=loss_before,
-        loss_after=mean_loss(model, held_out),
+        loss_after=mean_loss(trained, held_out),
+        quality=_quality(trained, tokenizer, data, settings),
         counted=counted,
+        memory=peak.memory,
     )
 
 
-def mean_loss(model: Any, held_out: Sequence[Batch]) -> float:
-    """Mean negative log-likelihood of a target token over all batches, in evaluation mode."""
-    model.eval()
-    total, num_targets = 0.0, 0
-    with torch.no_grad():
-        for batch in held_out:
-            targets = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(model(**batch).loss) * targets
-            num_targets += targets
-    model.train()
-    return total / num_targets if num_targets else math.nan
+def _quality(model: Any, tokenizer: Any, data: DataSet, settings: FineTuneSettings) -> dict[str, float]:
+    if settings.num_quality == 0:
+        return {}
+    return quality(
+        model,
+        tokenizer,
+        data.validation[: settings.num_quality],
+        data.metric,
+        seq_len=settings.seq_len,
+        target_len=settings.target_len,
+        batch_size=settings.batch_size,
+    )
 
 
-def count_step(trainer: GreenTrainer, batch: Batch) -> CountedStep:
+def count_step(model: Any, costs: Profile, batch: Batch, *, allow_unsupported: bool = False) -> CountedStep:
     """Run forward and backward once under both counters, and drop the gradients: the run is as it was."""
-    state = torch.random.get_rng_state()
-    with ExecutedFlops() as executed, FlopCounterMode(display=False) as pytorch:
-        trainer.model(**batch).loss.backward()
-    torch.random.set_rng_state(state)
-    trainer.optimizer.zero_grad(set_to_none=True)
+    device = batch["input_ids"].device
+    unchanged_random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with unchanged_random_state, ExecutedFlops() as executed, FlopCounterMode(display=False) as pytorch:
+        model(**batch).loss.backward()
+    model.zero_grad(set_to_none=True)
     return CountedStep(
-        planned_matmul=trainer.profile.step_flops(trainer.model, ops="matmul").total,
+        planned_matmul=costs.step_flops(model, ops="matmul").total,
         pytorch_matmul=pytorch.get_total_flops(),
-        planned=trainer.profile.step_flops(trainer.model).total,
-        executed=trainer.executed_flops(executed),
+        planned=costs.step_flops(model).total,
+        executed=sum(executed.flops) if allow_unsupported else executed.total,
     )
