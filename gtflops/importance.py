@@ -163,8 +163,10 @@ def _by_formula(
     tensor: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any], update: Update
 ) -> torch.Tensor:
     """``-sum(dw * g)``, summed in float64, chunk by chunk: the updates are elementwise."""
+    shape = tensor.shape
+    tensor, gradient = _local(tensor), _local(gradient)
     flat_state = {
-        key: value.reshape(-1) if isinstance(value, torch.Tensor) and value.shape == tensor.shape else value
+        key: _local(value).reshape(-1) if isinstance(value, torch.Tensor) and value.shape == shape else value
         for key, value in state.items()
     }
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
@@ -179,6 +181,12 @@ def _by_formula(
         change = update(flat[part], flat_gradient[part], part_state, group)
         total -= torch.sum(change.mul_(flat_gradient[part]), dtype=torch.float64)
     return total
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a DTensor; any other tensor as it is."""
+    shard = getattr(tensor, "to_local", None)
+    return tensor if shard is None else shard()
 
 
 def _by_real_step(
@@ -201,7 +209,8 @@ def _by_real_step(
             type(optimizer).step(optimizer)
             return {
                 name: -torch.sum(
-                    (parameters[name].detach().double() - before[name].double()) * gradient.double()
+                    (_local(parameters[name].detach()).double() - _local(before[name]).double())
+                    * _local(gradient).double()
                 ).item()
                 for name, gradient in gradients.items()
             }

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from gtflops.profiling import Profile, profile
 from gtflops.selection import Selection, select
 from gtflops.training import checkpoints
 from gtflops.training.pricing import Prices
+from gtflops.training.processes import Processes
 from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
 
 #: When to select anew: every so many optimizer steps, at the start of each epoch, or where a function of the number of
@@ -50,6 +51,10 @@ class GreenTrainer:
     The budget holds for the sum over all steps, each priced in the real shape of its batches: where the selection would
     cost more than what its batches may cost and earlier steps left, a smaller one is made for that step from the same
     importances. Where even the cheapest is too much, it is trained, and later steps make up for it.
+
+    A model in ``DistributedDataParallel`` (given wrapped or unwrapped) or under ``fully_shard`` is trained by all of
+    its processes together, each with batches of its own: they select by the importances of all, and what the log says
+    is of all: FLOPs are summed, the loss is averaged.
 
     Args:
         model: the model, in the mode to train it in.
@@ -114,7 +119,8 @@ class GreenTrainer:
                 f"every is {every!r}, expected a positive number of optimizer steps, 'epoch', or a function of the "
                 "number of steps made"
             )
-        self.model = model
+        self.processes = Processes(model)
+        self.model = model = self.processes.module
         self.optimizer = optimizer
         self.budget = budget if choose is None else None
         self.every = every
@@ -166,42 +172,51 @@ class GreenTrainer:
         """
         if not batches:
             raise InputError("step_boundary() got no batch, expected those of the coming optimizer step")
-        self._require_untouched()
-        starts_epoch, self.epoch = epoch != self.epoch, epoch
-        if self._chosen is None or self._is_due(starts_epoch):
-            self.select(*(batches if measure_on is None else measure_on))
-        assert self._chosen is not None
-        costs = [self._prices.of(batch) for batch in batches]
-        names, planned = self._within_budget(costs)
-        self._train_only(names)
-        record = StepRecord(
-            step=len(self.log.steps),
-            epoch=epoch,
-            planned_flops=planned,
-            full_flops=sum(cost.full_flops for cost in costs),
-            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
-        )
+        with self.processes.together():
+            self.processes.require_same("the number of batches of a step", str(len(batches)))
+            self._require_untouched()
+            starts_epoch, self.epoch = epoch != self.epoch, epoch
+            if self._chosen is None or self._is_due(starts_epoch):
+                self.select(*(batches if measure_on is None else measure_on))
+            costs = [self._prices.of(batch) for batch in batches]
+            names, planned = self._within_budget(costs)
+            self._train_only(names)
+            record = StepRecord(
+                step=len(self.log.steps),
+                epoch=epoch,
+                planned_flops=planned,
+                full_flops=self.processes.sum("the FLOPs of a full step", sum(cost.full_flops for cost in costs)),
+                learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            )
         self.log.steps.append(record)
         return record
 
     def select(self, *batches: Any) -> SelectionRecord:
         """Choose the tensors to train from the next step on, by their importance on ``batches``."""
+        with self.processes.together():
+            return self._select(batches)
+
+    def _select(self, batches: tuple[Any, ...]) -> SelectionRecord:
         self._require_no_gradients()
         started = time.perf_counter()
-        costs = self._prices.of(batches[0])
+        costs = self._prices.of(self.processes.first_batch(batches[0]))
         selection: Selection | None = None
         if self.choose is not None:
             chosen = frozenset(self.choose(costs, len(self.log.steps)))
         elif self.budget is None:
             chosen = self.candidates
         else:
-            measured = measure_importance(self.model, batches, self.optimizer, self.loss)
+            with self.processes.measuring():
+                measured = measure_importance(self.model, batches, self.optimizer, self.processes.agreed(self.loss))
+            measured = self.processes.averaged(measured)
             importance = {name: value if name in self.candidates else 0.0 for name, value in measured.items()}
             selection = select(costs, importance, self.budget, **self._conditions)
             chosen = frozenset(selection.names)
             held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
             thawed = [name for name, tensor in self.model.named_parameters() if name in measured and tensor in held]
-            self.log.measuring_flops += sum(self._prices.of(batch).step_flops(thawed).total for batch in batches)
+            measuring = sum(self._prices.of(batch).step_flops(thawed).total for batch in batches)
+            self.log.measuring_flops += self.processes.sum("the FLOPs of measuring", measuring)
+        self.processes.require_same("the selection", " ".join(sorted(chosen)))
         self.selection, self._chosen = selection, chosen
         self._train_only(chosen)
         record = SelectionRecord(
@@ -240,7 +255,7 @@ class GreenTrainer:
             measure_on: batches from the next step on that importance is averaged over.
             on_step, on_selection: called with each record.
             checkpoints: a folder for checkpoints, each whole or absent: after every ``checkpoint_every`` steps, at the
-                end, and when Ctrl-C ends the run, after the step that it falls into (``log.stopped`` says so).
+                end, and when Ctrl-C or SIGTERM ends the run, after the step it falls into (``log.stopped`` says so).
             resume: go on from the last checkpoint of that folder, as the same call without the stop would have: to the
                 bit, for the same batches, on the same machine.
 
@@ -256,7 +271,7 @@ class GreenTrainer:
             run.resume()
         else:
             self.optimizer.zero_grad(set_to_none=True)
-        with _interruption() as interrupted:
+        with _interruption() as interrupted, self.processes.together():
             for epoch, step_batches, upcoming in run:
                 selections = len(self.log.selections)
                 self.step_boundary(*step_batches, epoch=epoch, measure_on=upcoming)
@@ -265,7 +280,7 @@ class GreenTrainer:
                 record = self._step(step_batches)
                 if on_step is not None:
                     on_step(record)
-                if interrupted.is_set():
+                if self.processes.any("an interruption", interrupted.is_set()):
                     self.log.stopped = f"interrupted after {len(self.log.steps)} steps"
                     break
                 if folder is not None and checkpoint_every and len(self.log.steps) % checkpoint_every == 0:
@@ -282,11 +297,12 @@ class GreenTrainer:
         record = self.log.steps[-1]
         try:
             with ExecutedFlops() if self.count_executed else nullcontext() as executed:
-                loss = sum(self._backward(batch, len(batches)) for batch in batches)
+                loss = sum(self._backward(batch, left, len(batches)) for left, batch in _counted_down(batches))
         except BaseException:
             self.log.steps.pop()
             self._spent -= record.planned_flops
             self.optimizer.zero_grad(set_to_none=True)
+            self.processes.rewrap()  # a pass that was not finished would be waited for
             raise
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
@@ -297,17 +313,28 @@ class GreenTrainer:
         record = replace(
             record,
             loss=loss,
-            executed_flops=None if executed is None else self.executed_flops(executed),
+            executed_flops=None
+            if executed is None
+            else self.processes.sum("executed FLOPs", self.executed_flops(executed)),
             seconds=time.perf_counter() - started,
         )
         self.log.steps[-1] = record
         return record
 
-    def _backward(self, batch: Any, parts: int) -> float:
-        """Forward and backward pass of one of the ``parts`` of a step; its share of the loss."""
+    def _backward(self, batch: Any, left: int, parts: int) -> float:
+        """Forward and backward pass of one of the ``parts`` of a step, with ``left`` to come; its share of the loss."""
+        with self.processes.syncing(left == 0):
+            with self.processes.together():
+                loss = self._forward(batch)
+                value = self.processes.mean("the loss", loss.item())
+            with self.processes.communicating():
+                (loss if parts == 1 else loss / parts).backward()
+        return value / parts
+
+    def _forward(self, batch: Any) -> torch.Tensor:
         step = len(self.log.steps) - 1
         try:
-            outputs = call_model(self.model, batch)
+            outputs = call_model(self.processes.model, batch)
         except Exception as error:
             raise GtflopsError(
                 f"step {step} failed, and the weights are those of the step before: {type(self.model).__name__} "
@@ -319,8 +346,7 @@ class GreenTrainer:
                 f"the loss is {value} at step {step}; the weights are those of the step before; expected a finite "
                 "loss: try a lower learning rate, or look at the batch"
             )
-        (loss if parts == 1 else loss / parts).backward()
-        return value / parts
+        return loss
 
     def executed_flops(self, counted: ExecutedFlops) -> int:
         """What was counted; UnsupportedOperatorError for operators without a price, unless they are allowed."""
@@ -337,10 +363,11 @@ class GreenTrainer:
     def _within_budget(self, costs: list[Profile]) -> tuple[frozenset[str], int]:
         """What to train on batches of these costs so that the sum over steps is within the budget, and its FLOPs."""
         assert self._chosen is not None
-        names, planned = self._chosen, _total(costs, self._chosen)
+        names, planned = self._chosen, self._total(costs, self._chosen)
         if self.budget is None or self.selection is None:
             return names, planned
-        self._allowed += sum(limit_of(cost, budget=self.budget) for cost in costs)
+        allowed = sum(limit_of(cost, budget=self.budget) for cost in costs)
+        self._allowed += self.processes.sum("the FLOPs that a step may cost", allowed)
         if self._spent + planned > self._allowed:
             names, planned = self._smaller(costs, self._allowed - self._spent)
         self._spent += planned
@@ -352,19 +379,30 @@ class GreenTrainer:
         # Of batches of several shapes, the one in which the room is the smallest share of what is trained now.
         tightest = max(costs, key=lambda cost: cost.step_flops(self._chosen or ()).total / cost.full_flops)
         problem = Problem.of(tightest, self.selection.importance, **self._conditions)
-        share = room / sum(cost.full_flops for cost in costs)
-        while (limit := int(share * tightest.full_flops)) >= problem.smallest:
-            try:
-                mask = problem.solve(limit).mask
-            except InfeasibleBudgetError:
-                break
-            names = frozenset(name for name, chosen in zip(tightest.names, mask, strict=True) if chosen)
-            if (planned := _total(costs, names)) <= room:
+        share = room / self.processes.sum("full FLOPs", sum(cost.full_flops for cost in costs))
+        while (names := self._solved(problem, tightest, int(share * tightest.full_flops))) is not None:
+            if (planned := self._total(costs, names)) <= room:
                 return names, planned
             share *= min(room / planned, 0.999)
-        mask = problem.solve(problem.smallest).mask
-        names = frozenset(name for name, chosen in zip(tightest.names, mask, strict=True) if chosen)
-        return names, _total(costs, names)
+        names = self._solved(problem, tightest, problem.smallest)
+        assert names is not None
+        return names, self._total(costs, names)
+
+    def _solved(self, problem: Problem, costs: Profile, limit: int) -> frozenset[str] | None:
+        """The first process's solution of its problem, whose prices are those of its batches; ``None`` for none."""
+
+        def solve() -> frozenset[str] | None:
+            if limit < problem.smallest:
+                return None
+            with suppress(InfeasibleBudgetError):
+                mask = problem.solve(limit).mask
+                return frozenset(name for name, chosen in zip(costs.names, mask, strict=True) if chosen)
+            return None
+
+        return self.processes.first("a smaller selection", solve)
+
+    def _total(self, costs: list[Profile], names: frozenset[str]) -> int:
+        return self.processes.sum("the FLOPs of a step", sum(cost.step_flops(names).total for cost in costs))
 
     def _train_only(self, names: frozenset[str]) -> None:
         if names == self._trained:
@@ -373,6 +411,7 @@ class GreenTrainer:
         for name, tensor in self.model.named_parameters():
             tensor.requires_grad_(name in names)
             tensor.grad = None
+        self.processes.rewrap()
         self._trained = names
 
     def _require_untouched(self) -> None:
@@ -463,7 +502,7 @@ class _Run:
                 checkpoints.restore_random_states(self._after_skipping)
                 self._after_skipping = None
             ahead: deque[Any] = deque(islice(stream, self._ahead))
-            while len(ahead) >= self._accumulate:
+            while self._trainer.processes.all("another step", len(ahead) >= self._accumulate):
                 step = tuple(islice(ahead, self._accumulate))
                 self._steps_in_epoch += 1
                 yield epoch, step, list(islice(ahead, self._measure_on))
@@ -473,54 +512,65 @@ class _Run:
             self._epoch, self._steps_in_epoch, self._at_start_of_epoch = epoch + 1, 0, None
 
     def save(self) -> None:
+        """One checkpoint for all processes, that of a run in one process, but for a random state of each."""
         assert self._folder is not None
-        trainer = self._trainer
-        states = {
-            "optimizer": trainer.optimizer.state_dict(),
-            "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
-            "random": checkpoints.random_states(),
-            "random_at_start_of_epoch": self._at_start_of_epoch,
-        }
-        progress = {
-            "trainer": trainer.state_dict(),
-            "epoch": self._epoch,
-            "steps_in_epoch": self._steps_in_epoch,
-            "accumulate": self._accumulate,
-        }
-        checkpoints.write(self._folder, len(trainer.log.steps), trainer.model, states, progress)
+        trainer, processes = self._trainer, self._trainer.processes
+        with processes.together():
+            whole_model = processes.whole_model()
+            states = {
+                "optimizer": processes.whole(trainer.optimizer.state_dict()),
+                "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
+                "random": processes.gathered("a checkpoint", checkpoints.random_states()),
+                "random_at_start_of_epoch": processes.gathered("a checkpoint", self._at_start_of_epoch),
+            }
+            progress = {
+                "trainer": trainer.state_dict(),
+                "epoch": self._epoch,
+                "steps_in_epoch": self._steps_in_epoch,
+                "accumulate": self._accumulate,
+                "processes": processes.count,
+            }
+            steps, folder = len(trainer.log.steps), self._folder
+            processes.first("the checkpoint", lambda: checkpoints.write(folder, steps, whole_model, states, progress))
 
     def resume(self) -> None:
         assert self._folder is not None
-        trainer = self._trainer
-        checkpoint = checkpoints.read_last(self._folder, trainer.model)
-        states, progress = checkpoint.states, checkpoint.progress
-        if progress["accumulate"] != self._accumulate:
-            raise InputError(
-                f"{checkpoint.path} is of a run with accumulate={progress['accumulate']}, expected the same, not "
-                f"{self._accumulate}"
-            )
-        trainer.optimizer.zero_grad(set_to_none=True)
-        trainer.load_state_dict(progress["trainer"])
-        trainer.optimizer.load_state_dict(states["optimizer"])
+        trainer, processes = self._trainer, self._trainer.processes
+        with processes.together():
+            whole_model = processes.whole_model()
+            checkpoint = checkpoints.read_last(self._folder, whole_model)
+            states, progress = checkpoint.states, checkpoint.progress
+            for name, here in (("accumulate", self._accumulate), ("processes", processes.count)):
+                if progress[name] != here:
+                    raise InputError(
+                        f"{checkpoint.path} is of a run with {name}={progress[name]}, expected the same, not {here}"
+                    )
+            processes.require_same("the checkpoint to resume from", str(checkpoint.path))
+            processes.take_weights(whole_model)
+            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.load_state_dict(progress["trainer"])
+            trainer.optimizer.load_state_dict(processes.sharded_state(trainer.optimizer, states["optimizer"]))
         if trainer.scheduler is not None and states["scheduler"] is not None:
             trainer.scheduler.load_state_dict(states["scheduler"])
         trainer.log.stopped = None
         self._epoch, self._steps_in_epoch = progress["epoch"], progress["steps_in_epoch"]
-        self._at_start_of_epoch = states["random_at_start_of_epoch"]
+        random, self._at_start_of_epoch = (
+            states[name][processes.rank] for name in ("random", "random_at_start_of_epoch")
+        )
         if self._at_start_of_epoch is None:
-            checkpoints.restore_random_states(states["random"])
+            checkpoints.restore_random_states(random)
         else:  # a loader shuffles again as it did
             checkpoints.restore_random_states(self._at_start_of_epoch)
-            self._after_skipping = states["random"]
+            self._after_skipping = random
 
 
-def _total(costs: Iterable[Profile], names: frozenset[str]) -> int:
-    return sum(cost.step_flops(names).total for cost in costs)
+def _counted_down(batches: tuple[Any, ...]) -> Iterator[tuple[int, Any]]:
+    return zip(range(len(batches) - 1, -1, -1), batches, strict=True)
 
 
 @contextmanager
 def _interruption() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, in the place of an exception in the middle of a step; a second Ctrl-C is one."""
+    """An event that Ctrl-C or SIGTERM sets, in the place of an end in the middle of a step; a second one ends it."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are for the main thread only
         yield interrupted
@@ -531,8 +581,9 @@ def _interruption() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         interrupted.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
