@@ -24,7 +24,7 @@ from gtflops.training import StepRecord
 
 Result = dict[str, Any]
 NUM_STEPS = 6
-WIDTH = 8
+WIDTH = 7  # no multiple of the number of ranks, so that FSDP2's shards differ
 
 
 def model() -> torch.nn.Module:
@@ -165,12 +165,26 @@ def accumulated(folder: Path) -> Result:
     return {"sent": sum(sent), "digest": digest(wrapped.module), "numel": sum(t.numel() for t in wrapped.parameters())}
 
 
+class Mixing(torch.nn.Linear):
+    """Rows look at each other, so that what a selection costs is another share of each number of rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x).tanh()
+        return y + (y @ y.T) @ y / len(y)
+
+
 def shapes(folder: Path) -> Result:
-    batches = [torch.randn(rows, WIDTH) for rows in ((4, 9, 2, 7, 4, 3) if rank() else (4, 2, 3, 11, 1, 5))]
-    wrapped = DistributedDataParallel(model())
-    trainer = trainer_for(wrapped, batches[0], budget=0.55)
-    trainer.fit(batches)
-    return {"log": logged(trainer), "digest": digest(wrapped.module)}
+    batches = [torch.randn(rows, WIDTH) for rows in ((4, 64, 3, 7, 2, 3) if rank() else (2, 2, 3, 90, 5, 2))]
+    torch.manual_seed(0)
+    wrapped = DistributedDataParallel(torch.nn.Sequential(*[Mixing(WIDTH, WIDTH) for _ in range(4)]))
+    trainer = trainer_for(wrapped, batches[0], every=6, budget=0.662)
+    trained = []
+
+    def note(record: StepRecord) -> None:
+        trained.append([name for name, tensor in wrapped.module.named_parameters() if tensor.requires_grad])
+
+    trainer.fit(batches, on_step=note)
+    return {"log": logged(trainer), "digest": digest(wrapped.module), "trained": trained}
 
 
 def uneven(folder: Path) -> Result:
@@ -228,6 +242,17 @@ def interrupted(folder: Path) -> Result:
     return {"stopped": trainer.log.stopped, "steps": len(trainer.log.steps)}
 
 
+def cut(trainer: gtflops.GreenTrainer, folder: Path) -> None:
+    """A run that ends on the spot in its fifth step; its last checkpoint is of the third."""
+
+    def fail(record: StepRecord) -> None:
+        if record.step == 4:
+            raise RuntimeError("cut")
+
+    found = failure(lambda: trainer.fit(stream(), on_step=fail, checkpoints=folder, checkpoint_every=3))
+    assert found == ["RuntimeError", "cut"], found
+
+
 # --- checkpoints and FSDP2 ----------------------------------------------------------------------------------------
 
 
@@ -242,7 +267,7 @@ def resumed(folder: Path) -> Result:
     whole = trainer()
     whole.fit(stream(), checkpoints=folder / "resumed", checkpoint_every=3)
     first = trainer()
-    first.fit(stream()[:3], checkpoints=folder / "resumed-half")
+    cut(first, folder / "resumed-half")
     second = trainer()
     torch.manual_seed(99)
     second.fit(stream(), checkpoints=folder / "resumed-half", resume=True)
@@ -266,7 +291,7 @@ def fsdp2(folder: Path) -> Result:
     trainer = trainer_for(sharded(), stream()[0], max_grad_norm=1.0)
     trainer.fit(stream())
     half = trainer_for(sharded(), stream()[0], max_grad_norm=1.0)
-    half.fit(stream()[:3], checkpoints=folder / "fsdp2")
+    cut(half, folder / "fsdp2")
     second = trainer_for(sharded(), stream()[0], max_grad_norm=1.0)
     second.fit(stream(), checkpoints=folder / "fsdp2", resume=True)
     nan = [torch.full((4, WIDTH), float("nan"))] if rank() else stream(1)
@@ -314,7 +339,12 @@ def run(folder: Path, names: Iterable[str], num_ranks: int = 2) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num_ranks),
+        "PYTHONPATH": str(Path(gtflops.__file__).parents[1]),  # the package that the tests themselves are about
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), *names],

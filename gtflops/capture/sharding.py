@@ -87,7 +87,7 @@ def mesh_of(model: torch.nn.Module) -> Any:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import Replicate, Shard
 
-    sharded = {name: tensor for name, tensor in model.named_parameters() if is_sharded(tensor)}
+    sharded: dict[str, Any] = {name: tensor for name, tensor in model.named_parameters() if is_sharded(tensor)}
     name, first = next(iter(sharded.items()))
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         raise InputError(

@@ -226,8 +226,8 @@ class Processes:
             ddp._static_graph_delay_allreduce_enqueued = False
         ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
         if ddp.static_graph:
-            ddp.reducer._set_static_graph()
-            ddp.logger._set_static_graph()
+            for part in (ddp.reducer, ddp.logger):
+                part._set_static_graph()  # type: ignore[union-attr]
         ddp._has_rebuilt_buckets = False
         hooks, ddp._comm_hooks = ddp._comm_hooks, []
         for hook, state in hooks:
@@ -253,9 +253,13 @@ class Processes:
         """The module, of a sharded one a copy with whole tensors on the CPU. All processes call it."""
         return with_parameters(self.module, self.whole) if self._sharded else self.module
 
-    def whole(self, value: T) -> T:
+    def whole(self, value: Any) -> Any:
         """A tensor, or everything in a state, with whole tensors in the place of shards. All processes call it."""
-        return _mapped(value, lambda tensor: tensor.full_tensor().cpu() if is_sharded(tensor) else tensor)
+
+        def gathered(tensor: Any) -> Any:  # a copy: what is gathered is a part of a padded storage
+            return tensor.detach().full_tensor().to("cpu", copy=True) if is_sharded(tensor) else tensor
+
+        return _mapped(value, gathered)
 
     def take_weights(self, whole: torch.nn.Module) -> None:
         """The inverse of :meth:`whole_model`."""
@@ -322,7 +326,7 @@ def share(batches: Iterator[T]) -> Iterator[T]:
     return islice(batches, dist.get_rank(), None, dist.get_world_size())
 
 
-def wrapped(model: torch.nn.Module) -> torch.nn.Module:
+def in_ddp(model: torch.nn.Module) -> torch.nn.Module:
     """``model`` in DDP where processes were started, else itself."""
     return DistributedDataParallel(model) if dist.is_initialized() else model
 
