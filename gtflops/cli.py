@@ -295,12 +295,15 @@ def train_command(
 ) -> None:
     """Fine-tune a causal language model under a budget.
 
+    Under torchrun the processes train together, each with --batch-size sequences a step.
+
     Example: gtflops train smollm2 --data aclsum --budget 0.5 --steps 75 --html run.html
     """
     from gtflops.files import write_whole
     from gtflops.recipes.datasets import aclsum, jsonl
     from gtflops.recipes.finetune import FineTuneSettings, finetune
     from gtflops.recipes.models import load_pretrained
+    from gtflops.training import processes
 
     if data == "aclsum":
         train, held_out = aclsum("train"), aclsum("val")
@@ -320,9 +323,10 @@ def train_command(
     )
     _require_writable(html, ".html")
     _require_writable(save_importance)
-    with _progress() as advance:
+    with processes.started() as device, _progress() as advance:
         advance("load", 0, 1)
         pretrained = load_pretrained(model, attention=attention.value)
+        pretrained.model.to(device)
         advance("load", 1, 1)
         advance("train", 0, steps)
         result = finetune(
@@ -333,6 +337,8 @@ def train_command(
             settings,
             on_step=lambda record: advance("train", record.step + 1, steps),
         )
+    if processes.rank() > 0:
+        return
     if as_json:
         _print_json(_run_json(result))
     else:
@@ -416,7 +422,7 @@ def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
     row("planned FLOPs, all steps", lambda run: format_flops(run.log.planned_flops))
     row(
         "planned FLOPs a step, share of full",
-        lambda run: f"{run.log.steps[0].planned_flops / run.profile.full_flops:.3f}",
+        lambda run: f"{run.log.steps[0].planned_flops / run.log.steps[0].full_flops:.3f}",
     )
     row("FLOPs to measure importance", lambda run: format_flops(run.log.measuring_flops))
     table.add_section()
@@ -598,6 +604,7 @@ def main() -> None:
     # The notices of the libraries below would stand between ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # torchrun's first process speaks for all
     try:
         app(prog_name="gtflops")
     except GtflopsError as error:

@@ -50,9 +50,9 @@ def rank() -> int:
 
 
 def trainer_for(wrapped: torch.nn.Module, batch: torch.Tensor, **options: Any) -> gtflops.GreenTrainer:
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=5e-2)
     return gtflops.GreenTrainer(
-        wrapped, optimizer, batch, **{"budget": 0.6, "every": 2, "loss": loss, "count_executed": True, **options}
+        wrapped, optimizer, batch, **{"budget": 0.8, "every": 2, "loss": loss, "count_executed": True, **options}
     )
 
 
@@ -310,7 +310,7 @@ def accelerated(folder: Path) -> Result:
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     inner = model()
-    optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(inner.parameters(), lr=5e-2)
     wrapped, prepared = accelerator.prepare(inner, optimizer)
     assert isinstance(wrapped, DistributedDataParallel)
     sent = counted(wrapped)

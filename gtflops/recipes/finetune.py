@@ -13,7 +13,7 @@ from gtflops.capture import ExecutedFlops
 from gtflops.profiling import Profile
 from gtflops.recipes.datasets import IGNORED, Batch, Example, batches
 from gtflops.selection import Selection
-from gtflops.training import GreenTrainer, StepRecord, TrainingLog
+from gtflops.training import GreenTrainer, StepRecord, TrainingLog, processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +73,21 @@ def finetune(
     """Train ``model`` in place for ``settings.steps`` steps.
 
     ``profile`` and ``loss_before`` are taken as known where given. Two runs from the same weights and settings, on
-    the same machine with the same number of threads, give the same losses.
+    the same machine with the same number of threads, give the same losses. In a process group that was started, every
+    process calls this, and trains on batches of its own.
     """
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed + processes.rank())  # for dropout, which each process draws by itself
     sizes = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
-    stream = batches(train, tokenizer, seed=settings.seed, **sizes)
+    device = next(model.parameters()).device
+    shared = processes.share(batches(train, tokenizer, seed=settings.seed, **sizes))
+    stream = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in shared)
     held_out = list(islice(batches(validation, tokenizer, **sizes), len(validation) // settings.batch_size))
     model.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / settings.steps))
     first = next(stream)
     trainer = GreenTrainer(
-        model,
+        processes.in_ddp(model),
         optimizer,
         profile or first,
         settings.budget,
@@ -122,7 +125,7 @@ def mean_loss(model: Any, held_out: Sequence[Batch]) -> float:
     with torch.no_grad():
         for batch in held_out:
             targets = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(model(**batch).loss) * targets
+            total += float(model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss) * targets
             num_targets += targets
     model.train()
     return total / num_targets if num_targets else math.nan

@@ -314,9 +314,9 @@ def started() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+def rank() -> int:
+    """This process's number in its launch; 0 is the one that prints and writes."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def share(batches: Iterator[T]) -> Iterator[T]:
