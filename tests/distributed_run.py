@@ -194,6 +194,21 @@ def uneven(folder: Path) -> Result:
     return {"steps": len(trainer.log.steps), "digest": digest(wrapped.module)}
 
 
+def refused(folder: Path) -> Result:
+    """Models that would diverge silently, or cannot be joined."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    inner = model()
+    trainer = trainer_for(inner, stream()[0])
+    wrapped = DistributedDataParallel(inner)
+    late = failure(lambda: trainer.fit(stream()))
+    batch = stream()[0]
+    fsdp1 = failure(lambda: trainer_for(FullyShardedDataParallel(model(), device_id=torch.device("cpu")), batch))
+    wrapped.mixed_precision = object()
+    mixed = failure(lambda: trainer_for(wrapped, batch))
+    return {"late": late, "fsdp1": fsdp1, "mixed": mixed}
+
+
 # --- what fails on one rank ---------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ NAMES = (
     "accumulated",
     "shapes",
     "uneven",
+    "refused",
     "different_selections",
     "different_places",
     "bad_batches",
@@ -121,6 +122,14 @@ def test_an_epoch_ends_where_the_first_rank_has_no_more_batches(folder: Path) ->
     first, second = ranks(folder, "uneven")
     assert first == second
     assert first["steps"] == 2 * 3
+
+
+def test_models_that_cannot_be_joined_are_refused(folder: Path) -> None:
+    for result in ranks(folder, "refused"):
+        assert {failure[0] for failure in result.values()} == {"InputError"}
+        assert "was wrapped in DistributedDataParallel after the trainer was built" in result["late"][1]
+        assert "FSDP1" in result["fsdp1"][1]
+        assert "with mixed_precision cannot be wrapped anew" in result["mixed"][1]
 
 
 def test_different_selections_stop_every_rank(folder: Path) -> None:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gtflops.capture import Loss, loss_of
 from gtflops.capture.batches import with_tensors_replaced
 from gtflops.capture.sharding import is_sharded, mesh_of, with_parameters
-from gtflops.errors import ProcessesError
+from gtflops.errors import InputError, ProcessesError
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ class Processes:
         self.model = model if isinstance(model, DistributedDataParallel) else _wrapper_of(model)
         self._ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
         self.module: torch.nn.Module = self.model if self._ddp is None else self._ddp.module
+        _refuse_fsdp1(self.module)
         self._sharded = {name for name, tensor in self.module.named_parameters() if is_sharded(tensor)}
         self._replicas = 1
         self._group: Any = None
@@ -217,6 +218,7 @@ class Processes:
         """
         ddp = self._ddp
         if ddp is None:
+            _require_unwrapped(self.module)
             return
         ddp._remove_autograd_hooks()
         parameters, sparse = ddp._build_params_for_reducer()
@@ -342,6 +344,14 @@ def _wrapper_of(model: torch.nn.Module) -> torch.nn.Module:
     return next((known for known in wrappers if known.__dict__["_modules"].get("module") is model), model)
 
 
+def _require_unwrapped(model: torch.nn.Module) -> None:
+    if _wrapper_of(model) is not model:
+        raise InputError(
+            f"{type(model).__name__} was wrapped in DistributedDataParallel after the trainer was built, so "
+            "that what is communicated would not follow the selection; expected it wrapped before"
+        )
+
+
 def _require_rewrappable(ddp: DistributedDataParallel) -> None:
     unsupported = {
         "mixed_precision": ddp.mixed_precision is not None,
@@ -350,10 +360,19 @@ def _require_rewrappable(ddp: DistributedDataParallel) -> None:
     }
     for name, given in unsupported.items():
         if given:
-            raise ProcessesError(
+            raise InputError(
                 f"DistributedDataParallel with {name} cannot be wrapped anew when the selection changes; expected it "
                 "without (for lower precision, torch.autocast)"
             )
+
+
+def _refuse_fsdp1(model: torch.nn.Module) -> None:
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in map(type, model.modules())}
+    if "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel" in kinds:
+        raise InputError(
+            "the model is a FullyShardedDataParallel (FSDP1), which flattens tensors; expected FSDP2: "
+            "torch.distributed.fsdp.fully_shard"
+        )
 
 
 def _num_shards(model: torch.nn.Module) -> int:
