@@ -415,10 +415,13 @@ def train_command(
 ) -> None:
     """Fine-tune a language model, under a budget or by a scheme to compare with.
 
+    Under torchrun the processes train together, each with --batch-size sequences a step.
+
     Example: gtflops train smollm2 --scheme greentrainer --data aclsum --budget 0.5 --steps 75 --html run.html
     """
     from gtflops.files import write_whole
     from gtflops.recipes.finetune import FineTuneSettings, finetune
+    from gtflops.training import processes
 
     _require_writable(html, ".html")
     _require_writable(save_importance)
@@ -439,8 +442,8 @@ def train_command(
         num_quality=quality_examples,
         allow_unsupported=allow_unsupported,
     )
-    with _progress() as advance:
-        pretrained = _pretrained(model, attention, device, advance)
+    with processes.started() as own_device, _progress() as advance:
+        pretrained = _pretrained(model, attention, str(own_device) if own_device is not None else device, advance)
         advance("train", 0, settings.steps)
         result = finetune(
             pretrained.model,
@@ -450,6 +453,8 @@ def train_command(
             on_step=lambda record: advance("train", record.step + 1, settings.steps),
             save=save,
         )
+    if processes.rank() > 0:
+        return
     if as_json:
         _print_json(_run_json(result))
     else:
@@ -650,7 +655,7 @@ def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
     row("planned FLOPs, all steps", lambda run: format_flops(run.log.planned_flops))
     row(
         "planned FLOPs a step, share of full",
-        lambda run: f"{run.log.steps[0].planned_flops / run.full_step_flops:.3f}",
+        lambda run: f"{run.log.steps[0].planned_flops / run.log.steps[0].full_flops:.3f}",
     )
     row("FLOPs to measure importance", lambda run: format_flops(run.log.measuring_flops))
     table.add_section()
@@ -929,6 +934,7 @@ def main() -> None:
     # The notices of the libraries below would stand between ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # torchrun's first process speaks for all
     try:
         app(prog_name="gtflops")
     except GtflopsError as error:

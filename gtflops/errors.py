@@ -27,3 +27,7 @@ class BudgetSpentError(GtflopsError):
 
 class SavedFileError(GtflopsError):
     """A saved file is damaged, or was written by another version of its format."""
+
+
+class ProcessesError(GtflopsError):
+    """Processes that train one model together are not alike, or another one of them failed; the message says which."""

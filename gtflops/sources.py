@@ -100,12 +100,12 @@ class Live:
         return self._trace(self._layout.resized(sizes))
 
     def _trace(self, batch: Any) -> Traced:
-        from gtflops.capture import trace
+        from gtflops.capture import trace, unsharded
         from gtflops.capture.resizing import modes
 
         model = self._alive()
         with modes(model, self._modes):
-            captured = trace(model, batch, self._loss)
+            captured = trace(unsharded(model), batch, self._loss)
         notes: tuple[str, ...] = ()
         if any(tensor.is_meta for tensor in model.parameters()):
             notes = ("parameters are on the meta device, where attention runs in its unfused form",)

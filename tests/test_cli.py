@@ -223,6 +223,26 @@ def test_compare(tiny: Path, pairs: Path) -> None:
     assert "not counted" in full
 
 
+def test_train_in_two_processes(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    arguments = ["--data", pairs, "--budget", "0.7", "--steps", "4", "--every", "2", "--seq-len", "16", "--json"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "gtflops", "train", tiny]
+    result = subprocess.run(
+        [sys.executable, *map(str, [*command, *arguments, "--save", tmp_path / "out"])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)  # of the first process alone
+    assert len(data["losses"]) == 4
+    assert 0 < data["planned_flops"] <= 0.7 * 4 * 2 * data["full_step_flops"]
+    assert data["counted_step"]["planned"] == data["counted_step"]["executed"]
+    assert data["validation_loss_after"] < data["validation_loss_before"]
+    assert result.stderr.count("wrote ") == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_ops_lists_the_table() -> None:
     attention = run("ops", "--kind", "attention").stdout
     assert "_scaled_dot_product_flash_attention_for_cpu_backward" in attention

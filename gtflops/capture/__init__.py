@@ -3,6 +3,7 @@
 from gtflops.capture.architectures import Architecture, architecture, presets, takes_images
 from gtflops.capture.batches import Loss, batch_types, call_model, loss_of
 from gtflops.capture.dispatch import ExecutedFlops
+from gtflops.capture.sharding import unsharded
 from gtflops.capture.torch_formulas import torch_formula
 from gtflops.capture.tracing import Trace, trace
 from gtflops.capture.unchanged import unchanged
@@ -23,4 +24,5 @@ __all__ = [
     "takes_images",
     "trace",
     "unchanged",
+    "unsharded",
 ]

@@ -25,6 +25,10 @@ _METADATA = frozenset(
 )
 
 
+# Operators of torch's distributed engines, which move numbers; what a network adds up on the way is not counted.
+_COMMUNICATION = frozenset(("c10d", "_c10d_functional", "_dtensor", "fsdp"))
+
+
 @cache
 def _qualified_name(func: torch._ops.OpOverload) -> str:
     return f"{func.namespace}.{func._schema.name.partition('::')[2]}.{func._overloadname}"
@@ -149,6 +153,8 @@ class ExecutedFlops(OperatorMode):
         return sum(self.flops)
 
     def observe(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func.namespace in _COMMUNICATION:
+            return
         call = describe_call(func, args, kwargs, result)
         cost = price_executed(call)
         if cost is None:

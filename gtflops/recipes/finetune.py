@@ -19,7 +19,7 @@ from gtflops.recipes.evaluation import mean_loss, on_device, quality
 from gtflops.recipes.memory import Memory, PeakMemory
 from gtflops.recipes.schemes import Scheme, scheme
 from gtflops.selection import Selection
-from gtflops.training import GreenTrainer, StepRecord, TrainingLog
+from gtflops.training import GreenTrainer, StepRecord, TrainingLog, processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,8 @@ def finetune(
 
     ``profile`` (of the model as it comes) and ``loss_before`` are taken as known where given. Two runs from the same
     weights and settings, on the same machine with the same number of threads, give the same losses. The trained model,
-    or its adapters alone, is written to the folder ``save`` as soon as it is trained.
+    or its adapters alone, is written to the folder ``save`` as soon as it is trained. In a process group that was
+    started, every process calls this, and trains on batches of its own.
     """
     chosen = scheme(settings.scheme)
     device = next(model.parameters()).device
@@ -137,7 +138,8 @@ def finetune(
     }
     if not data.validation:
         raise InputError(f"{data.name} has no validation examples; expected at least one to measure the loss on")
-    stream = (on_device(batch, device) for batch in batches(data.train, tokenizer, seed=settings.seed, **sizes))
+    shared = processes.share(batches(data.train, tokenizer, seed=settings.seed, **sizes))
+    stream = (on_device(batch, device) for batch in shared)
     held_out = [
         on_device(batch, device) for batch in in_order(data.validation[: settings.num_validation], tokenizer, **sizes)
     ]
@@ -146,14 +148,14 @@ def finetune(
     base = profile or profile_of(model, first)
     loss_before = mean_loss(model, held_out) if loss_before is None else loss_before
 
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed + processes.rank())  # for dropout, which each process draws by itself
     trained = chosen.prepare(model).train()
     costs = base if trained is model else profile_of(trained, first)
     optimizer = torch.optim.AdamW(
         [tensor for tensor in trained.parameters() if tensor.requires_grad], lr=settings.learning_rate
     )
     trainer = GreenTrainer(
-        trained,
+        processes.in_ddp(trained),
         optimizer,
         costs,
         settings.budget if chosen.budgeted else None,
@@ -176,7 +178,7 @@ def finetune(
     with PeakMemory(trained) as peak:
         trainer.fit(chain([first], islice(stream, settings.steps - 1)), on_step=count_then_report)
     assert counted is not None
-    if save is not None:
+    if save is not None and processes.rank() == 0:
         trained.save_pretrained(save)
         tokenizer.save_pretrained(save)
     return FineTuneResult(

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from gtflops.training.budgets import BudgetLike, ByEpoch, Progress, budget_of, s
 from gtflops.training.compiling import warn_of_recompiles
 from gtflops.training.energy import Energy, EnergyMeter
 from gtflops.training.pricing import Prices
+from gtflops.training.processes import Processes
 from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
 from gtflops.training.watching import Watcher
 
@@ -60,6 +61,10 @@ class GreenTrainer:
     cost more than what its batches may cost and earlier steps left, a smaller one is made for that step from the same
     importances. Where even the cheapest is too much, it is trained, and later steps make up for it.
 
+    A model in ``DistributedDataParallel`` (given wrapped or unwrapped) or under ``fully_shard`` is trained by all of
+    its processes together, each with batches of its own: they select by the importances of all, and what the log says
+    is of all: FLOPs are summed, the loss is averaged.
+
     Args:
         model: the model, in the mode to train it in.
         optimizer: one that holds every candidate.
@@ -73,6 +78,8 @@ class GreenTrainer:
         scheduler: stepped after each optimizer step of :meth:`fit`.
         choose: ``choose(profile, step)`` gives the names of the tensors to train until the next selection, in the place
             of a budget; nothing is measured.
+        measure: what measures importance, called as :func:`gtflops.measure_importance` with ``scheduler=``; for example
+            ``functools.partial(gtflops.measure_importance, method="two-pass")``, the published way.
         granularity, must_train, must_freeze, max_elements: as of :func:`gtflops.select`.
         num_steps: optimizer steps of the run, for budgets that are spread over them; :meth:`fit` knows it for batches
             that have a length.
@@ -115,6 +122,7 @@ class GreenTrainer:
         loss: Loss | None = None,
         scheduler: Scheduler | None = None,
         choose: Choose | None = None,
+        measure: Callable[..., dict[str, float]] = measure_importance,
         granularity: Granularity = "tensor",
         must_train: Patterns = (),
         must_freeze: Patterns = (),
@@ -130,13 +138,15 @@ class GreenTrainer:
                 f"every is {every!r}, expected a positive number of optimizer steps, 'epoch', or a function of the "
                 "number of steps made"
             )
-        self.model = model
+        self.processes = Processes(model)
+        self.model = model = self.processes.module
         self.optimizer = optimizer
         self.budget = budget_of(budget if choose is None else None)
         self.every = every
         self.loss = loss
         self.scheduler = scheduler
         self.choose = choose
+        self.measure = measure
         self.num_steps = num_steps
         self.num_epochs: int | None = None
         self.energy = energy
@@ -188,50 +198,56 @@ class GreenTrainer:
         """
         if not batches:
             raise InputError("step_boundary() got no batch, expected those of the coming optimizer step")
-        self._require_untouched()
-        starts_epoch, self.epoch = epoch != self.epoch, epoch
-        if self._chosen is None or self._is_due(len(self.log.steps), starts_epoch):
-            self.select(*(batches if measure_on is None else measure_on))
-        assert self._chosen is not None
-        costs = [self._prices.of(batch) for batch in batches]
-        allowed, names, planned = self._within_budget(costs)
-        checking = sum(cost.forward_flops for cost in costs) if self._to_check else 0
-        if reason := self.budget.exhausted(self._progress(costs), planned + checking):
-            raise BudgetSpentError(reason)
+        with self.processes.together():
+            self.processes.require_same("the number of batches of a step", str(len(batches)))
+            self._require_untouched()
+            starts_epoch, self.epoch = epoch != self.epoch, epoch
+            if self._chosen is None or self._is_due(len(self.log.steps), starts_epoch):
+                self.select(*(batches if measure_on is None else measure_on))
+            costs = [self._prices.of(batch) for batch in batches]
+            allowed, names, planned = self._within_budget(costs)
+            checking = self._sum(cost.forward_flops for cost in costs) if self._to_check else 0
+            self._require_left(self._progress(costs), planned + checking)
+            self._train_only(names)
+            record = StepRecord(
+                step=len(self.log.steps),
+                epoch=epoch,
+                planned_flops=planned,
+                full_flops=self._total(costs, "all"),
+                learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            )
         self._before_step = self._allowed, self._spent
         self._allowed, self._spent = allowed, self._spent + planned
-        self._train_only(names)
-        record = StepRecord(
-            step=len(self.log.steps),
-            epoch=epoch,
-            planned_flops=planned,
-            full_flops=_total(costs, "all"),
-            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
-        )
         self.log.steps.append(record)
         return record
 
     def select(self, *batches: Any) -> SelectionRecord:
         """Choose the tensors to train from the next step on, by their importance on ``batches``."""
+        with self.processes.together():
+            return self._select(batches)
+
+    def _select(self, batches: tuple[Any, ...]) -> SelectionRecord:
         self._require_no_gradients()
         started = time.perf_counter()
-        costs = [self._prices.of(batch) for batch in batches]
-        self._share = self.budget.share(self._progress(costs[:1]))
+        costs = self._prices.of(self.processes.first_batch(batches[0]))
+        progress = self._progress([costs])
+        self._share = self.processes.first("the budget", lambda: self.budget.share(progress))
         if self.choose is not None:
-            self.selection, chosen = None, frozenset(self.choose(costs[0], len(self.log.steps)))
+            self.selection, chosen = None, frozenset(self.choose(costs, len(self.log.steps)))
         elif self._share is None:
             self.selection, chosen = None, self.candidates
         else:
             self.selection = self._by_importance(batches, costs)
             chosen = frozenset(self.selection.names)
+        self.processes.require_same("the selection", " ".join(sorted(chosen)))
         self._chosen = chosen
         self._train_only(chosen)
         record = SelectionRecord(
             step=len(self.log.steps),
             epoch=self.epoch,
-            names=tuple(name for name in costs[0].names if name in chosen),
-            flops=costs[0].step_flops(chosen).total,
-            full_flops=costs[0].full_flops,
+            names=tuple(name for name in costs.names if name in chosen),
+            flops=costs.step_flops(chosen).total,
+            full_flops=costs.full_flops,
             budget=self._share,
             seconds=time.perf_counter() - started,
             selection=self.selection,
@@ -239,24 +255,35 @@ class GreenTrainer:
         self.log.selections.append(record)
         return record
 
-    def _by_importance(self, batches: tuple[Any, ...], costs: list[Profile]) -> Selection:
+    def _by_importance(self, batches: tuple[Any, ...], costs: Profile) -> Selection:
         held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
         measured = [
             name for name, tensor in self.model.named_parameters() if tensor in held and tensor.is_floating_point()
         ]
-        flops = sum(cost.step_flops(measured).total for cost in costs)
-        if reason := self.budget.exhausted(self._progress(costs[:1]), flops):
-            raise BudgetSpentError(reason)
-        importance = measure_importance(self.model, batches, self.optimizer, self.loss, scheduler=self.scheduler)
+        flops = self._sum(self._prices.of(batch).step_flops(measured).total for batch in batches)
+        self._require_left(self._progress([costs]), flops)
+        with self.processes.measuring():
+            of_this_process = self.measure(
+                self.model, batches, self.optimizer, self.processes.agreed(self.loss), scheduler=self.scheduler
+            )
         self.log.measuring_flops += flops
-        importance = {name: value if name in self.candidates else 0.0 for name, value in importance.items()}
-        problem = Problem.of(costs[0], importance, **self._conditions)
+        importance = {
+            name: value if name in self.candidates else 0.0
+            for name, value in self.processes.averaged(of_this_process).items()
+        }
+        problem = Problem.of(costs, importance, **self._conditions)
         # Asked again: what measuring took tells a budget of hours what a FLOP takes here.
         smallest_share = share_of(problem.smallest, problem.full)
-        self._share = self.budget.share(self._progress(costs[:1], smallest_share, self._selections_left() * flops))
-        limit = limit_of(costs[0], budget=self._share)
+        progress = self._progress([costs], smallest_share, self._selections_left() * flops)
+        self._share = self.processes.first("the budget", lambda: self.budget.share(progress))
+        limit = limit_of(costs, budget=self._share)
         self._to_check = True
         return selection_of(problem, limit, problem.solve(limit))
+
+    def _require_left(self, progress: Progress, flops: int) -> None:
+        """BudgetSpentError where the budget of the run does not pay for ``flops``."""
+        if reason := self.processes.first("what is left", lambda: self.budget.exhausted(progress, flops)):
+            raise BudgetSpentError(reason)
 
     def _selections_left(self) -> int:
         """How many selections are still to come in the run, as far as that is known."""
@@ -271,7 +298,7 @@ class GreenTrainer:
         now = time.perf_counter()
         if self._started is None:
             self._started = now
-        seen = [*(step.full_flops for step in self.log.steps[-STEPS_SEEN:]), _total(costs, "all")]
+        seen = [*(step.full_flops for step in self.log.steps[-STEPS_SEEN:]), self._total(costs, "all")]
         return Progress(
             step=len(self.log.steps),
             num_steps=self.num_steps,
@@ -309,7 +336,7 @@ class GreenTrainer:
             on_step: called with the record of each step.
             watchers: told of each selection and step, as :class:`gtflops.training.JsonLines` is.
             checkpoints: a folder for checkpoints, each whole or absent: after every ``checkpoint_every`` steps, at the
-                end, and when Ctrl-C ends the run, after the step that it falls into (``log.stopped`` says so).
+                end, and when Ctrl-C or SIGTERM ends the run, after the step it falls into (``log.stopped`` says so).
             resume: go on from the last checkpoint of that folder, as the same call without the stop would have: to the
                 bit, for the same batches, on the same machine.
 
@@ -332,6 +359,8 @@ class GreenTrainer:
         self.log.stopped = None
         with ExitStack() as stack:
             interrupted = stack.enter_context(_interruption())
+            stack.enter_context(self.processes.together())
+            watchers = watchers if self.processes.rank == 0 else ()
             if self.energy is not None:
                 stack.enter_context(self.energy)
             for watcher in watchers:
@@ -353,7 +382,7 @@ class GreenTrainer:
                     watcher.on_step(record)
                 if on_step is not None:
                     on_step(record)
-                if interrupted.is_set():
+                if self.processes.any("an interruption", interrupted.is_set()):
                     self.log.stopped = f"interrupted after {len(self.log.steps)} steps"
                     break
                 if folder is not None and checkpoint_every and len(self.log.steps) % checkpoint_every == 0:
@@ -373,17 +402,21 @@ class GreenTrainer:
         draws = checkpoints.random_states() if self._to_check else None
         try:
             with ExecutedFlops() if self.count_executed else nullcontext() as executed:
-                loss = sum(self._backward(batch, len(batches)) for batch in batches)
+                loss = sum(self._backward(batch, left, len(batches)) for left, batch in _counted_down(batches))
         except BaseException:
             self.log.steps.pop()
             self._allowed, self._spent = self._before_step
             self.optimizer.zero_grad(set_to_none=True)
+            self.processes.rewrap()  # a pass that was not finished would be waited for
             raise
         scale = 1.0
         if self.max_grad_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).item()
-            scale = min(1.0, self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ has it
-        predicted = None if draws is None else expected_drop(self.model, self.optimizer, scale=scale)
+            norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            scale = min(1.0, self.max_grad_norm / (self.processes.whole(norm).item() + 1e-6))  # as it was clipped
+        predicted = None
+        if draws is not None:
+            drop = expected_drop(self.model, self.optimizer, scale=scale)
+            predicted = self.processes.drop("the predicted drop", drop)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         check = None
@@ -396,7 +429,7 @@ class GreenTrainer:
         record = replace(
             record,
             loss=loss,
-            executed_flops=None if executed is None else self.executed_flops(executed),
+            executed_flops=None if executed is None else self._sum([self.executed_flops(executed)]),
             seconds=time.perf_counter() - started,
             predicted_drop=None if check is None else check.predicted,
             real_drop=None if check is None else check.real,
@@ -407,19 +440,28 @@ class GreenTrainer:
     def _loss_again(self, batches: tuple[Any, ...], draws: Mapping[str, Any]) -> float:
         """The loss on the batches of a step after it, with the random numbers of the step. Changes nothing."""
         self._to_check = False
-        self.log.measuring_flops += sum(self._prices.of(batch).forward_flops for batch in batches)
+        self.log.measuring_flops += self._sum(self._prices.of(batch).forward_flops for batch in batches)
         with restored(self.model, {}), torch.no_grad():
             checkpoints.restore_random_states(draws)
             losses = [
                 loss_of(call_model(self.model, batch), batch, self.loss, trained=False).item() for batch in batches
             ]
-        return sum(losses) / len(losses)
+        return self.processes.mean("the loss after the step", sum(losses) / len(losses))
 
-    def _backward(self, batch: Any, parts: int) -> float:
-        """Forward and backward pass of one of the ``parts`` of a step; its share of the loss."""
+    def _backward(self, batch: Any, left: int, parts: int) -> float:
+        """Forward and backward pass of one of the ``parts`` of a step, with ``left`` to come; its share of the loss."""
+        with self.processes.syncing(left == 0):
+            with self.processes.together():
+                loss = self._forward(batch)
+                value = self.processes.mean("the loss", loss.item())
+            with self.processes.communicating():
+                loss.backward(torch.full_like(loss, 1 / parts))
+        return value / parts
+
+    def _forward(self, batch: Any) -> torch.Tensor:
         step = len(self.log.steps) - 1
         try:
-            outputs = call_model(self.model, batch)
+            outputs = call_model(self.processes.model, batch)
         except Exception as error:
             raise GtflopsError(
                 f"step {step} failed, and the weights are those of the step before: {type(self.model).__name__} "
@@ -431,8 +473,7 @@ class GreenTrainer:
                 f"the loss is {value} at step {step}; the weights are those of the step before; expected a finite "
                 "loss: try a lower learning rate, or look at the batch"
             )
-        loss.backward(torch.full_like(loss, 1 / parts))
-        return value / parts
+        return loss
 
     def executed_flops(self, counted: ExecutedFlops) -> int:
         """What was counted; UnsupportedOperatorError for operators without a price, unless they are allowed."""
@@ -448,10 +489,10 @@ class GreenTrainer:
     def _within_budget(self, costs: list[Profile]) -> tuple[int, frozenset[str], int]:
         """FLOPs that all steps may cost up to this one, what to train in it to stay within them, and its FLOPs."""
         assert self._chosen is not None
-        names, planned = self._chosen, _total(costs, self._chosen)
+        names, planned = self._chosen, self._total(costs, self._chosen)
         if self._share is None or self.selection is None:
             return self._allowed + planned, names, planned
-        allowed = self._allowed + part_of(self._share, _total(costs, "all"))
+        allowed = self._allowed + part_of(self._share, self._total(costs, "all"))
         if self._spent + planned > allowed:
             names, planned = self._smaller(costs, allowed - self._spent)
         return allowed, names, planned
@@ -462,19 +503,40 @@ class GreenTrainer:
         # Of batches of several shapes, the one in which the room is the smallest share of what is trained now.
         tightest = max(costs, key=lambda cost: cost.step_flops(self._chosen or ()).total / cost.full_flops)
         problem = Problem.of(tightest, self.selection.importance, **self._conditions)
-        share = room / _total(costs, "all")
-        while (limit := int(share * tightest.full_flops)) >= problem.smallest:
-            try:
-                mask = problem.solve(limit).mask
-            except InfeasibleBudgetError:
-                break
-            names = frozenset(name for name, chosen in zip(tightest.names, mask, strict=True) if chosen)
-            if (planned := _total(costs, names)) <= room:
+        share = room / self._total(costs, "all")
+        while (names := self._solved(problem, tightest, int(share * tightest.full_flops))) is not None:
+            if (planned := self._total(costs, names)) <= room:
                 return names, planned
             share *= min(room / planned, 0.999)
-        mask = problem.solve(problem.smallest).mask
-        names = frozenset(name for name, chosen in zip(tightest.names, mask, strict=True) if chosen)
-        return names, _total(costs, names)
+        names = self._solved(problem, tightest, problem.smallest)
+        assert names is not None
+        return names, self._total(costs, names)
+
+    def _solved(self, problem: Problem, costs: Profile, limit: int) -> frozenset[str] | None:
+        """The first process's solution of its problem, whose prices are those of its batches; ``None`` for none."""
+
+        def solve() -> frozenset[str] | None:
+            if limit < problem.smallest:
+                return None
+            with suppress(InfeasibleBudgetError):
+                mask = problem.solve(limit).mask
+                return frozenset(name for name, chosen in zip(costs.names, mask, strict=True) if chosen)
+            return None
+
+        return self.processes.first("a smaller selection", solve)
+
+    def _total(self, costs: Sequence[Profile], trainable: frozenset[str] | Literal["all"]) -> int:
+        """FLOPs of a step over batches of these costs: from the second on, each adds its gradients to those before."""
+        flops = sum(cost.step_flops(trainable).total for cost in costs)
+        if len(costs) > 1:
+            mask = costs[0].mask(trainable)
+            trained = zip(costs[0].tensors, mask, strict=True)
+            flops += (len(costs) - 1) * sum(tensor.numel for tensor, is_trained in trained if is_trained)
+        return self._sum([flops])
+
+    def _sum(self, flops: Iterable[int]) -> int:
+        """Over batches, and over the processes that train together."""
+        return self.processes.sum("FLOPs", sum(flops))
 
     def _train_only(self, names: frozenset[str]) -> None:
         if names == self._trained:
@@ -483,6 +545,7 @@ class GreenTrainer:
         for name, tensor in self.model.named_parameters():
             tensor.requires_grad_(name in names)
             tensor.grad = None
+        self.processes.rewrap()
         self._trained = names
 
     def _require_untouched(self) -> None:
@@ -586,7 +649,7 @@ class _Run:
                 checkpoints.restore_random_states(self._after_skipping)
                 self._after_skipping = None
             ahead: deque[Any] = deque(islice(stream, self._ahead))
-            while len(ahead) >= self._accumulate:
+            while self._trainer.processes.all("another step", len(ahead) >= self._accumulate):
                 step = tuple(islice(ahead, self._accumulate))
                 yield epoch, step, list(islice(ahead, self._measure_on))
                 for _ in step:
@@ -595,55 +658,63 @@ class _Run:
             self._epoch, self.steps_in_epoch, self._at_start_of_epoch = epoch + 1, 0, None
 
     def save(self) -> None:
+        """One checkpoint for all processes, that of a run in one process, but for a random state of each."""
         assert self._folder is not None
-        trainer = self._trainer
-        states = {
-            "optimizer": trainer.optimizer.state_dict(),
-            "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
-            "random": checkpoints.random_states(),
-            "random_at_start_of_epoch": self._at_start_of_epoch,
-        }
-        progress = {
-            "trainer": trainer.state_dict(),
-            "epoch": self._epoch,
-            "steps_in_epoch": self.steps_in_epoch,
-            "accumulate": self._accumulate,
-        }
-        checkpoints.write(self._folder, len(trainer.log.steps), trainer.model, states, progress)
+        trainer, processes = self._trainer, self._trainer.processes
+        with processes.together():
+            whole_model = processes.whole_model()
+            states = {
+                "optimizer": processes.whole(trainer.optimizer.state_dict()),
+                "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
+                "random": processes.gathered("a checkpoint", checkpoints.random_states()),
+                "random_at_start_of_epoch": processes.gathered("a checkpoint", self._at_start_of_epoch),
+            }
+            progress = {
+                "trainer": trainer.state_dict(),
+                "epoch": self._epoch,
+                "steps_in_epoch": self.steps_in_epoch,
+                "accumulate": self._accumulate,
+                "processes": processes.count,
+            }
+            steps, folder = len(trainer.log.steps), self._folder
+            processes.first("the checkpoint", lambda: checkpoints.write(folder, steps, whole_model, states, progress))
 
     def resume(self) -> None:
         assert self._folder is not None
-        trainer = self._trainer
-        checkpoint = checkpoints.read_last(self._folder, trainer.model)
-        states, progress = checkpoint.states, checkpoint.progress
-        if progress["accumulate"] != self._accumulate:
-            raise InputError(
-                f"{checkpoint.path} is of a run with accumulate={progress['accumulate']}, expected the same, not "
-                f"{self._accumulate}"
-            )
-        trainer.load_state_dict(progress["trainer"])
-        trainer.optimizer.load_state_dict(states["optimizer"])
+        trainer, processes = self._trainer, self._trainer.processes
+        with processes.together():
+            whole_model = processes.whole_model()
+            checkpoint = checkpoints.read_last(self._folder, whole_model)
+            states, progress = checkpoint.states, checkpoint.progress
+            for name, here in (("accumulate", self._accumulate), ("processes", processes.count)):
+                if progress[name] != here:
+                    raise InputError(
+                        f"{checkpoint.path} is of a run with {name}={progress[name]}, expected the same, not {here}"
+                    )
+            processes.require_same("the checkpoint to resume from", str(checkpoint.path))
+            processes.take_weights(whole_model)
+            trainer.load_state_dict(progress["trainer"])
+            trainer.optimizer.load_state_dict(processes.sharded_state(trainer.optimizer, states["optimizer"]))
         if trainer.scheduler is not None and states["scheduler"] is not None:
             trainer.scheduler.load_state_dict(states["scheduler"])
         self._epoch, self.steps_in_epoch = progress["epoch"], progress["steps_in_epoch"]
-        self._at_start_of_epoch = states["random_at_start_of_epoch"]
+        random, self._at_start_of_epoch = (
+            states[name][processes.rank] for name in ("random", "random_at_start_of_epoch")
+        )
         if self._at_start_of_epoch is None:
-            checkpoints.restore_random_states(states["random"])
+            checkpoints.restore_random_states(random)
         else:  # a loader shuffles again as it did
             checkpoints.restore_random_states(self._at_start_of_epoch)
-            self._after_skipping = states["random"]
+            self._after_skipping = random
 
 
-def _total(costs: Sequence[Profile], trainable: frozenset[str] | Literal["all"]) -> int:
-    """FLOPs of a step over batches of these costs: from the second on, each adds its gradients to those before."""
-    mask = costs[0].mask(trainable)
-    elements = sum(tensor.numel for tensor, trained in zip(costs[0].tensors, mask, strict=True) if trained)
-    return sum(cost.step_flops(trainable).total for cost in costs) + (len(costs) - 1) * elements
+def _counted_down(batches: tuple[Any, ...]) -> Iterator[tuple[int, Any]]:
+    return zip(range(len(batches) - 1, -1, -1), batches, strict=True)
 
 
 @contextmanager
 def _interruption() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, in the place of an exception in the middle of a step; a second Ctrl-C is one."""
+    """An event that Ctrl-C or SIGTERM sets, in the place of an end in the middle of a step; a second one ends it."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are for the main thread only
         yield interrupted
@@ -654,8 +725,9 @@ def _interruption() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         interrupted.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,215 @@
+"""Two gloo processes: every rank ends with the same bits, those of one process; what fails on one fails on all."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import distributed_run as scenarios
+import gtflops
+
+NAMES = (
+    "ddp",
+    "every_kind_of_ddp",
+    "without_gtflops",
+    "accumulated",
+    "shapes",
+    "uneven",
+    "refused",
+    "different_selections",
+    "different_places",
+    "bad_batches",
+    "interrupted",
+    "resumed",
+    "fsdp2",
+    "accelerated",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every scenario, in one pair of processes."""
+    made = tmp_path_factory.mktemp("ranks")
+    scenarios.run(made, NAMES)
+    return made
+
+
+def ranks(folder: Path, name: str) -> tuple[Any, Any]:
+    first, second = (json.loads((folder / f"{name}-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    return first, second
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Those of the two ranks."""
+    streams = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        streams.append(scenarios.stream())
+    first, second = streams
+    return first, second
+
+
+def assert_close(found: dict[str, Any], model: torch.nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        torch.testing.assert_close(torch.tensor(found[name]), tensor.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_are_equal_to_the_bit_after_each_step(folder: Path) -> None:
+    first, second = ranks(folder, "ddp")
+    assert first["digests"] == second["digests"]
+    assert len(set(first["digests"])) == scenarios.NUM_STEPS
+    assert first["log"] == second["log"]
+    assert len({tuple(record["names"]) for record in first["log"]["selections"]}) > 1
+
+
+def test_two_ranks_are_one_process_that_accumulates_their_batches(
+    folder: Path, batches: tuple[list[torch.Tensor], list[torch.Tensor]]
+) -> None:
+    trainer = scenarios.trainer_for(scenarios.model(), batches[0][0])
+    trainer.fit([batch for pair in zip(*batches, strict=True) for batch in pair], accumulate=2, measure_on=2)
+    first, _ = ranks(folder, "ddp")
+    assert_close(first["weights"], trainer.model)
+    alone = scenarios.logged(trainer)
+    for ours, theirs in zip(first["log"]["selections"], alone["selections"], strict=True):
+        assert ours["names"] == theirs["names"]
+        assert ours["importance"] == pytest.approx(theirs["importance"], rel=1e-4)
+    for ours, theirs in zip(first["log"]["steps"], alone["steps"], strict=True):
+        # One process adds the gradients of the second batch to those of the first; between two, that is DDP's.
+        selected = first["selected"][ours["step"]]
+        elements = sum(tensor.numel() for tensor in trainer.model.parameters())
+        assert ours["planned_flops"] + selected == theirs["planned_flops"]
+        assert ours["full_flops"] + elements == theirs["full_flops"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert first["log"]["measuring_flops"] == alone["measuring_flops"]
+
+
+def test_only_what_is_selected_is_communicated(folder: Path) -> None:
+    for result in ranks(folder, "ddp"):
+        assert result["sent"] == [4 * selected for selected in result["selected"]]
+        assert len(set(result["sent"])) > 1
+        # What ran besides the step itself: each rank divides each selected gradient once.
+        executed = [step["executed_flops"] - step["planned_flops"] for step in result["log"]["steps"]]
+        assert executed == [2 * selected for selected in result["selected"]]
+
+
+def test_freezing_and_thawing_diverge_without_gtflops_and_not_with_it(folder: Path) -> None:
+    first, second = ranks(folder, "without_gtflops")
+    assert first["frozen"] != second["frozen"]
+    assert first["thawed"] != second["thawed"]
+    first, second = ranks(folder, "every_kind_of_ddp")
+    assert first == second
+    assert set(first["digests"]) == {ranks(folder, "ddp")[0]["digests"][-1]}
+
+
+def test_gradients_are_joined_once_a_step(folder: Path) -> None:
+    first, second = ranks(folder, "accumulated")
+    assert first["digest"] == second["digest"]
+    assert first["sent"] == second["sent"] == scenarios.NUM_STEPS // 2 * 4 * first["numel"]
+
+
+def test_ranks_with_different_shapes_select_the_same_within_the_budget(folder: Path) -> None:
+    first, second = ranks(folder, "shapes")
+    assert first == second
+    assert len(set(map(tuple, first["trained"]))) > 1, "no step took a smaller selection"
+    spent = allowed = 0
+    for step in first["log"]["steps"]:
+        spent += step["planned_flops"]
+        allowed += step["full_flops"]
+        assert spent <= 0.662 * allowed
+
+
+def test_an_epoch_ends_where_the_first_rank_has_no_more_batches(folder: Path) -> None:
+    first, second = ranks(folder, "uneven")
+    assert first == second
+    assert first["steps"] == 2 * 3
+
+
+def test_models_that_cannot_be_joined_are_refused(folder: Path) -> None:
+    for result in ranks(folder, "refused"):
+        assert {failure[0] for failure in result.values()} == {"InputError"}
+        assert "was wrapped in DistributedDataParallel after the trainer was built" in result["late"][1]
+        assert "FSDP1" in result["fsdp1"][1]
+        assert "with mixed_precision cannot be wrapped anew" in result["mixed"][1]
+
+
+def test_different_selections_stop_every_rank(folder: Path) -> None:
+    for result in ranks(folder, "different_selections"):
+        name, message = result["failure"]
+        assert name == "ProcessesError"
+        assert message.startswith("the selection must be the same on every rank, and is not: rank 0: ")
+        assert "rank 1: " in message
+        assert result["steps"] == 0
+
+
+def test_ranks_that_do_different_things_stop(folder: Path) -> None:
+    for result in ranks(folder, "different_places"):
+        name, message = result["failure"]
+        assert name == "ProcessesError"
+        assert "rank 0 is at 'the batch to select on'; rank 1 is at 'FLOPs'" in message
+        assert result["steps"] == 2
+
+
+def test_what_one_rank_refuses_stops_all_and_moves_nothing(folder: Path) -> None:
+    first, second = ranks(folder, "bad_batches")
+    assert (first["digest"], first["steps"]) == (second["digest"], second["steps"]) == (first["digest"], 9)
+    for (_, whose), (_, own) in zip(first["failures"], second["failures"], strict=True):
+        assert re.fullmatch(r"another process failed, so this one stops too: rank 1: \w+: (.*)", whose)[1] == own
+    messages = [message for _, message in second["failures"]]
+    assert "the loss is nan at step 1" in messages[0]
+    assert "refused the batch" in messages[1]
+    assert "the loss is nan" in messages[2]
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_same_step(folder: Path) -> None:
+    assert [result["steps"] for result in ranks(folder, "interrupted")] == [3, 3]
+    assert ranks(folder, "interrupted")[0]["stopped"] == "interrupted after 3 steps"
+    assert [path.name for path in (folder / "interrupted").iterdir()] == ["step-000000003"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(folder: Path) -> None:
+    for result in ranks(folder, "resumed"):
+        assert result["resumed"] == result["whole"]
+    first, second = ranks(folder, "resumed")
+    assert first == second
+
+
+def test_a_checkpoint_of_two_ranks_is_for_two_ranks(folder: Path) -> None:
+    dropped = torch.nn.Sequential(torch.nn.Dropout(0.3), scenarios.model())
+    trainer = scenarios.trainer_for(dropped, scenarios.stream()[0])
+    with pytest.raises(gtflops.InputError, match="is of a run with processes=2, expected the same, not 1"):
+        trainer.fit(scenarios.stream(), checkpoints=folder / "resumed", resume=True)
+
+
+def test_fsdp2_is_one_process_on_the_joined_batches(
+    folder: Path, batches: tuple[list[torch.Tensor], list[torch.Tensor]]
+) -> None:
+    joined = [torch.cat(pair) for pair in zip(*batches, strict=True)]
+    trainer = scenarios.trainer_for(scenarios.model(), joined[0], max_grad_norm=1.0)
+    trainer.fit(joined)
+    first, second = ranks(folder, "fsdp2")
+    assert first["log"] == second["log"]
+    assert first["weights"] == second["weights"]
+    assert_close(first["weights"], trainer.model)
+    for ours, theirs in zip(first["log"]["selections"], scenarios.logged(trainer)["selections"], strict=True):
+        assert ours["names"] == theirs["names"]
+        assert ours["importance"] == pytest.approx(theirs["importance"], rel=1e-4)
+    assert all(step["executed_flops"] == step["planned_flops"] for step in first["log"]["steps"])
+
+
+def test_fsdp2_resumes_to_the_bit_and_fails_together(folder: Path) -> None:
+    first, second = ranks(folder, "fsdp2")
+    for result in (first, second):
+        assert (result["resumed_log"], result["resumed_weights"]) == (result["log"], result["weights"])
+    assert first["failure"][1].endswith(second["failure"][1])
+    assert "the loss is nan" in second["failure"][1]
+
+
+def test_accelerates_plain_loop(folder: Path) -> None:
+    first, second = ranks(folder, "accelerated")
+    assert first == second
+    assert first["sent"] == [4 * selected for selected in first["selected"]]
+    assert len(set(first["digests"])) == 4
