@@ -32,6 +32,15 @@ Every: TypeAlias = int | Literal["epoch"] | Callable[[int], bool]
 Choose: TypeAlias = Callable[[Profile, int], Iterable[str]]
 
 
+def check_every(every: Any) -> None:
+    """InputError for what is no :data:`Every`."""
+    if not (callable(every) or every == "epoch" or (type(every) is int and every >= 1)):
+        raise InputError(
+            f"every is {every!r}, expected a positive number of optimizer steps, 'epoch', or a function of the "
+            "number of steps made"
+        )
+
+
 class Scheduler(Protocol):
     """What the loop needs of a learning-rate schedule."""
 
@@ -109,11 +118,7 @@ class GreenTrainer:
         count_executed: bool = False,
         allow_unsupported: bool = False,
     ) -> None:
-        if not (callable(every) or every == "epoch" or (type(every) is int and every >= 1)):
-            raise InputError(
-                f"every is {every!r}, expected a positive number of optimizer steps, 'epoch', or a function of the "
-                "number of steps made"
-            )
+        check_every(every)
         self.model = model
         self.optimizer = optimizer
         self.budget = budget if choose is None else None
