@@ -17,7 +17,7 @@ def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_there_are_blocks_and_the_two_commands() -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     assert "$ make demo" in README
     assert "$ make test" in README
 

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
-from typing import Any
+from types import FrameType
+from typing import Any, TypeAlias
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
@@ -18,8 +19,11 @@ from gtflops.problem import Granularity, Patterns
 from gtflops.training import GreenTrainer, TrainingLog
 from gtflops.training.loop import Every, check_every
 
+#: A transformers.Trainer that trains: the types of its attributes are those that they may have before.
+Training: TypeAlias = Any
 
-class GreenTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is not typed
+
+class GreenTrainerCallback(TrainerCallback, ExportableState):
     """Trains the tensors that matter most within a budget of FLOPs a step: one line more for a ``Trainer``.
 
     ``Trainer(..., callbacks=[GreenTrainerCallback(budget=0.5)])``, with a model that is trainable as a whole. At the
@@ -33,7 +37,9 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mi
     included), ``gtflops/flops_saved`` (against the same steps in full), ``gtflops/selected_tensors``,
     ``gtflops/budget`` and ``gtflops/importance_captured``; :attr:`log` has every step and selection.
 
-    Of a PEFT model, it selects among the tensors that PEFT trains. With activation checkpointing, inputs are kept from
+    Of a PEFT model, it selects among the tensors that PEFT trains; a full step is still one that trains the whole
+    model, of which adapters alone may cost 0.7. Tensors whose training would raise the loss by their importance are not
+    selected, even by a budget of 1. With activation checkpointing, inputs are kept from
     requiring gradients, so that the backward pass ends at the lowest trained tensor. When training ends, every
     candidate requires gradients again, as before. A checkpoint has what a resumed run needs to go on as if it had not
     been stopped; one that was saved without the callback cannot be resumed with it.
@@ -129,7 +135,7 @@ class _Run:
     for while it runs: one that draws the batches of a step, one that says what a batch costs, and one that logs.
     """
 
-    def __init__(self, trainer: Trainer, settings: Mapping[str, Any], progress: Mapping[str, Any] | None) -> None:
+    def __init__(self, trainer: Training, settings: Mapping[str, Any], progress: Mapping[str, Any] | None) -> None:
         self.green: GreenTrainer | None = None
         self._trainer = trainer
         self._settings = settings
@@ -141,8 +147,9 @@ class _Run:
         self._planned = 0
         self._full = 0
         self._undo = ExitStack()
-        self._undo.callback(_thaw, [tensor for tensor in trainer.model.parameters() if tensor.requires_grad])
-        _disable_input_gradients(trainer.model, self._undo)
+        model = trainer.model
+        self._undo.callback(_thaw, [tensor for tensor in model.parameters() if tensor.requires_grad])
+        _disable_input_gradients(model, self._undo)
         self._draw = _stand_in(self._undo, trainer, "get_batch_samples", self._get_batch_samples)
         self._log = _stand_in(self._undo, trainer, "log", self._log_with_flops)
         _stand_in(self._undo, trainer, "floating_point_ops", self._floating_point_ops)
@@ -211,17 +218,19 @@ class _TrainerStep(torch.nn.Module):
     ``named_modules``, which all else goes through, the first is the model itself.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Training) -> None:
         super().__init__()
         model = trainer.model
+        self._model: Any
         self.__dict__.update(
             _parameters=model._parameters, _buffers=model._buffers, _modules=model._modules, _model=model
         )
         self.config = getattr(model, "config", None)
         self._trainer = trainer
+        self._questions = _Questions(trainer)
 
     @classmethod
-    def of(cls, trainer: Trainer) -> "_TrainerStep":
+    def of(cls, trainer: Training) -> "_TrainerStep":
         """Under the name of the model's class, which profiles and messages have."""
         step: _TrainerStep = type(type(trainer.model).__name__, (cls,), {})(trainer)
         return step
@@ -237,42 +246,59 @@ class _TrainerStep(torch.nn.Module):
             attributes_unchanged(
                 [trainer], with_tensors=lambda name: False, except_in=("train_dataset", "eval_dataset")
             ),
-            _MetricsWithoutData(trainer),
+            self._questions,
             ExitStack() as undo,
         ):
             _stand_in(undo, trainer.accelerator, "backward", lambda loss, **kwargs: losses.append(loss))
             trainer.training_step(self._model, inputs, num_items_in_batch)
         if len(losses) != 1:
             raise InputError(
-                f"training_step() of {type(trainer).__name__} makes {len(losses)} backward passes for a batch, expected "
-                "one, through accelerator.backward()"
+                f"training_step() of {type(trainer).__name__} makes {len(losses)} backward passes for a batch, "
+                "expected one, through accelerator.backward()"
             )
-        (loss,) = losses
+        loss = losses[0]
         if not isinstance(loss, FakeTensor):
             # Importance is measured batch by batch: each is to stand for the whole step.
-            return loss * trainer.current_gradient_accumulation_steps
-        loss = loss / trainer.accelerator.gradient_accumulation_steps  # as Accelerator.backward does
-        return loss if trainer.accelerator.scaler is None else loss * loss.new_ones(())
+            loss = loss * trainer.current_gradient_accumulation_steps
+        else:  # what Accelerator.backward does with it
+            loss = loss / trainer.accelerator.gradient_accumulation_steps
+            if trainer.accelerator.scaler is not None:
+                loss = loss * loss.new_ones(())
+        return loss
 
 
-class _MetricsWithoutData(TorchFunctionMode):
-    """Lets the Trainer's own code ask tensors without data for a number, which it does for the metrics that it logs.
+class _Questions(TorchFunctionMode):
+    """Answers the Trainer's own code that asks tensors without data, as it does for the metrics that it logs.
 
-    A model that does so, or a question that decides about control flow, stays an error.
+    Numbers are 0, and conditions hold. Where a condition was taken to hold and does not when the step is run on data,
+    for the importances, that is an error: the step may cost something else. Questions of the model stay errors.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Training) -> None:
         super().__init__()
         self._trainer = trainer
+        self._taken_to_hold: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.item and isinstance(args[0], FakeTensor):
-            if sys._getframe(1).f_locals.get("self") is self._trainer:
-                try:
-                    return args[0].item()
-                except DataDependentOutputException:
-                    return 0.0
-        return func(*args, **(kwargs or {}))
+        if func not in (torch.Tensor.item, torch.Tensor.__bool__):
+            return func(*args, **(kwargs or {}))
+        frame = sys._getframe(1)
+        if frame.f_locals.get("self") is not self._trainer:
+            return func(*args)
+        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        try:
+            answer = func(*args)
+        except DataDependentOutputException:
+            if func is torch.Tensor.item:
+                return 0.0
+            self._taken_to_hold.add(line)
+            return True
+        if answer is False and line in self._taken_to_hold:
+            raise InputError(
+                f"the condition of {type(self._trainer).__name__} at {line} depends on the data, and the FLOPs of a "
+                "step with it; expected a step that depends on shapes alone"
+            )
+        return answer
 
 
 def _stand_in(undo: ExitStack, owner: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -289,9 +315,9 @@ def _stand_in(undo: ExitStack, owner: Any, name: str, method: Callable[..., Any]
 # --- the set-up -------------------------------------------------------------------------------------------------
 
 
-def _trainer_of(state: TrainerState) -> Trainer:
+def _trainer_of(state: TrainerState) -> Training:
     """The Trainer whose event this is. It does not pass itself to its callbacks."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, Trainer) and owner.state is state:
@@ -301,12 +327,13 @@ def _trainer_of(state: TrainerState) -> Trainer:
 
 
 def _progress_of(state: TrainerState, name: str) -> Mapping[str, Any]:
-    saved = state.stateful_callbacks.get(name)
+    states: Any = state.stateful_callbacks  # a mapping by now
+    saved = states.get(name)
     progress = saved["attributes"].get("progress") if isinstance(saved, dict) else None
     if progress is None:
         raise InputError(
-            f"the checkpoint of step {state.global_step} was saved without {name}, so what it had selected and spent is "
-            "not known; resume it without the callback, or start a new run from its weights: "
+            f"the checkpoint of step {state.global_step} was saved without {name}, so what it had selected and spent "
+            "is not known; resume it without the callback, or start a new run from its weights: "
             "from_pretrained(checkpoint), and train() without resume_from_checkpoint"
         )
     result: Mapping[str, Any] = progress
@@ -345,7 +372,7 @@ def _require_no_reentrant_checkpoints(model: torch.nn.Module) -> None:
             )
 
 
-def _disable_input_gradients(model: torch.nn.Module, undo: ExitStack) -> None:
+def _disable_input_gradients(model: Any, undo: ExitStack) -> None:
     """transformers lets the embedding's output require gradients under activation checkpointing, for the reentrant
     form's sake: the backward pass would always run down to it, whatever is frozen."""
     for part in model.modules():

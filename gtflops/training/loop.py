@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -183,7 +183,7 @@ class GreenTrainer:
             step=len(self.log.steps),
             epoch=epoch,
             planned_flops=planned,
-            full_flops=sum(cost.full_flops for cost in costs),
+            full_flops=_total(costs, costs[0].names),
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
         )
         self.log.steps.append(record)
@@ -324,7 +324,7 @@ class GreenTrainer:
                 f"the loss is {value} at step {step}; the weights are those of the step before; expected a finite "
                 "loss: try a lower learning rate, or look at the batch"
             )
-        (loss if parts == 1 else loss / parts).backward()
+        loss.backward(torch.full_like(loss, 1 / parts))
         return value / parts
 
     def executed_flops(self, counted: ExecutedFlops) -> int:
@@ -346,6 +346,7 @@ class GreenTrainer:
         if self.budget is None or self.selection is None:
             return names, planned
         self._allowed += sum(limit_of(cost, budget=self.budget) for cost in costs)
+        self._allowed += int(self.budget * _adding(costs, costs[0].names))
         if self._spent + planned > self._allowed:
             names, planned = self._smaller(costs, self._allowed - self._spent)
         self._spent += planned
@@ -357,7 +358,7 @@ class GreenTrainer:
         # Of batches of several shapes, the one in which the room is the smallest share of what is trained now.
         tightest = max(costs, key=lambda cost: cost.step_flops(self._chosen or ()).total / cost.full_flops)
         problem = Problem.of(tightest, self.selection.importance, **self._conditions)
-        share = room / sum(cost.full_flops for cost in costs)
+        share = room / _total(costs, costs[0].names)
         while (limit := int(share * tightest.full_flops)) >= problem.smallest:
             try:
                 mask = problem.solve(limit).mask
@@ -519,8 +520,17 @@ class _Run:
             self._after_skipping = states["random"]
 
 
-def _total(costs: Iterable[Profile], names: frozenset[str]) -> int:
-    return sum(cost.step_flops(names).total for cost in costs)
+def _total(costs: Sequence[Profile], names: Collection[str]) -> int:
+    """FLOPs of a step whose batches have these costs."""
+    return sum(cost.step_flops(names).total for cost in costs) + _adding(costs, names)
+
+
+def _adding(costs: Sequence[Profile], names: Collection[str]) -> int:
+    """FLOPs of accumulating gradients: each batch after the first adds its own to those that are there."""
+    if len(costs) == 1:
+        return 0
+    elements = sum(tensor.numel for tensor in costs[0].tensors if tensor.name in names and tensor.has_gradient)
+    return (len(costs) - 1) * elements
 
 
 @contextmanager
