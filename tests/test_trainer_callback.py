@@ -295,13 +295,15 @@ def test_every_candidate_requires_gradients_again(tmp_path: Path) -> None:
     assert len(callback.log.steps) == 2
 
 
-def test_an_evaluation_in_between_leaves_the_mode_of_training(tmp_path: Path) -> None:
+def test_an_evaluation_in_between_is_no_other_step(tmp_path: Path) -> None:
     callback = GreenTrainerCallback(budget=0.6, every=1)
     trainer = trainer_of(
         build("gpt2"), tmp_path, callback, eval_strategy="steps", eval_steps=1, max_steps=3, eval_dataset=rows()
     )
     trainer.train()
     assert trainer.executed == planned(callback)
+    assert callback._run is not None
+    assert len(callback._run.green._prices._known) == 1  # type: ignore[union-attr]  # a trace in each mode otherwise
 
 
 # --- what is logged ---------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class _Run:
         self._epoch = int(self._trainer.state.epoch) if self._epoch is None else self._epoch + 1
 
     def begin_step(self) -> None:
-        self._trainer.model.train()  # an evaluation may have left it in its other mode
+        self._trainer.model.train()  # an evaluation leaves it in its other mode, which is priced apart
         if self.green is None:
             self.green = self._started()
         measured = self.green.log.measuring_flops
@@ -256,7 +256,7 @@ class _TrainerStep(torch.nn.Module):
                 f"training_step() of {type(trainer).__name__} makes {len(losses)} backward passes for a batch, "
                 "expected one, through accelerator.backward()"
             )
-        loss = losses[0]
+        loss: torch.Tensor = losses[0]
         if not isinstance(loss, FakeTensor):
             # Importance is measured batch by batch: each is to stand for the whole step.
             loss = loss * trainer.current_gradient_accumulation_steps
