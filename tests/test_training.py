@@ -47,6 +47,17 @@ def test_planned_flops_are_executed() -> None:
     assert log.measuring_flops == 3 * (trainer.profile.full_flops + trainer.profile.forward_flops)
 
 
+def test_accumulating_gradients_has_a_cost() -> None:
+    """Each batch after the first adds its gradients, element by element, to those that are there."""
+    trainer, batches = trainer_for(count_executed=True, budget=0.7)
+    log = trainer.fit([*batches[:4], padded_batch(2, 12), *batches[4:]], accumulate=3)
+    assert [step.executed_flops for step in log.steps] == [step.planned_flops for step in log.steps]
+    assert log.planned_flops <= 0.7 * log.full_flops
+    one = trainer.profile.step_flops(log.selections[0].names).total
+    added = sum(tensor.numel for tensor in trainer.profile.tensors if tensor.name in log.selections[0].names)
+    assert log.steps[0].planned_flops == 3 * one + 2 * added
+
+
 def test_a_new_shape_is_priced_by_its_own_profile() -> None:
     trainer, batches = trainer_for(count_executed=True)
     log = trainer.fit([batches[0], padded_batch(2, 12), padded_batch(3, 20), batches[1]])

@@ -4,7 +4,7 @@ import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,23 +21,42 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
     tensors in those, and the random states of Python, NumPy and torch. Objects of other classes are not looked into.
     What ``torch.compile`` was put on runs eagerly meanwhile: see :func:`eagerly`.
     """
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    containers: dict[int, tuple[Any, Any]] = {}
-    tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for _, values in attributes:
-        for name, value in values.items():
-            _remember(value, containers, tensors if name not in ("_parameters", "_buffers") else None)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(), eagerly():
+        with (
+            torch.random.fork_rng(),
+            eagerly(),
+            attributes_unchanged(list(model.modules()), with_tensors=lambda name: name not in _RESTORED_BY_OTHERS),
+        ):
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+_RESTORED_BY_OTHERS = ("_parameters", "_buffers")
+
+
+@contextmanager
+def attributes_unchanged(
+    owners: Iterable[Any], *, with_tensors: Callable[[str], bool], except_in: Container[str] = ()
+) -> Iterator[None]:
+    """Puts back the attributes of objects and the containers in them; of tensors, the content where
+    ``with_tensors(name)``. What is in the attributes named in ``except_in`` is not looked at."""
+    attributes = [(owner, dict(owner.__dict__)) for owner in owners]
+    containers: dict[int, tuple[Any, Any]] = {}
+    tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for _, values in attributes:
+        for name, value in values.items():
+            if name not in except_in:
+                _remember(value, containers, tensors if with_tensors(name) else None)
+    try:
+        yield
+    finally:
         for container, content in containers.values():
             _refill(container, content)
-        for module, values in attributes:
-            _refill(module.__dict__, values)
+        for owner, values in attributes:
+            _refill(owner.__dict__, values)
         restore_contents(tensors.values())
 
 

@@ -42,6 +42,15 @@ Choose: TypeAlias = Callable[[Profile, int], Iterable[str]]
 STEPS_SEEN = 20
 
 
+def check_every(every: Any) -> None:
+    """InputError for what is no :data:`Every`."""
+    if not (callable(every) or every == "epoch" or (type(every) is int and every >= 1)):
+        raise InputError(
+            f"every is {every!r}, expected a positive number of optimizer steps, 'epoch', or a function of the "
+            "number of steps made"
+        )
+
+
 class Scheduler(Protocol):
     """What the loop needs of a learning-rate schedule."""
 
@@ -84,6 +93,7 @@ class GreenTrainer:
         num_steps: optimizer steps of the run, for budgets that are spread over them; :meth:`fit` knows it for batches
             that have a length.
         energy: a :class:`gtflops.training.EnergyMeter`, on during :meth:`fit`.
+        processes: which processes train together, where the model does not tell.
         max_grad_norm: gradients of :meth:`fit` are clipped to it.
         count_executed: count what each step of :meth:`fit` executes, by gtflops' own table (some percent slower).
         allow_unsupported: count operators without a price as free, instead of refusing them.
@@ -129,16 +139,13 @@ class GreenTrainer:
         max_elements: int | None = None,
         num_steps: int | None = None,
         energy: EnergyMeter | None = None,
+        processes: Processes | None = None,
         max_grad_norm: float | None = None,
         count_executed: bool = False,
         allow_unsupported: bool = False,
     ) -> None:
-        if not (callable(every) or every == "epoch" or (type(every) is int and every >= 1)):
-            raise InputError(
-                f"every is {every!r}, expected a positive number of optimizer steps, 'epoch', or a function of the "
-                "number of steps made"
-            )
-        self.processes = Processes(model)
+        check_every(every)
+        self.processes = processes or Processes(model)
         self.model = model = self.processes.module
         self.optimizer = optimizer
         self.budget = budget_of(budget if choose is None else None)
@@ -531,7 +538,9 @@ class GreenTrainer:
         if len(costs) > 1:
             mask = costs[0].mask(trainable)
             trained = zip(costs[0].tensors, mask, strict=True)
-            flops += (len(costs) - 1) * sum(tensor.numel for tensor, is_trained in trained if is_trained)
+            flops += (len(costs) - 1) * sum(
+                tensor.numel for tensor, is_trained in trained if is_trained and tensor.has_gradient
+            )
         return self._sum([flops])
 
     def _sum(self, flops: Iterable[int]) -> int:

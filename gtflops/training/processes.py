@@ -38,13 +38,13 @@ class Processes:
     that other things use.
 
     ``model`` is what a training step calls, ``module`` what is in it: the names of its tensors are those of a run in
-    one process.
+    one process. ``inside`` is a module with the same tensors to take in the place of ``module``.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, inside: torch.nn.Module | None = None) -> None:
         self.model = model if isinstance(model, DistributedDataParallel) else _wrapper_of(model)
         self._ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
-        self.module: torch.nn.Module = self.model if self._ddp is None else self._ddp.module
+        self.module: torch.nn.Module = inside or (self.model if self._ddp is None else self._ddp.module)
         _refuse_fsdp1(self.module)
         self._sharded = {name for name, tensor in self.module.named_parameters() if is_sharded(tensor)}
         self._replicas = 1

@@ -1,0 +1,1 @@
+"""gtflops in the loops that people already have."""
