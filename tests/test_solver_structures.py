@@ -116,3 +116,20 @@ def test_what_is_not_proved_says_so() -> None:
     assert not result.optimal
     assert 0 < result.value <= importance[answer.mask].sum() * (1 + 1e-9) <= result.upper_bound * (1 + 1e-9)
     assert result.cost <= capacity
+
+
+def test_a_graph_that_is_not_planned_is_solved_closely() -> None:
+    """Where only what is paid makes tensors cheap, and a search to its end would take many seconds."""
+    for share, tensors in ((0.15, 3), (0.5, 1)):
+        graph = GraphOfSegments(5)
+        shared = 400
+        dependencies = [
+            sorted({int(s) for s in graph.rng.integers(max(0, s - 60), s, size=2)}) if s else [] for s in range(shared)
+        ]
+        dependencies += [[k // tensors] for k in range(shared * tensors)]
+        tensor_segments = [[shared + k] for k in range(shared * tensors)]
+        costs = graph.rng.integers(1, 1000, size=len(dependencies))
+        importance = graph.rng.gamma(0.5, 1, size=len(tensor_segments))
+        best = GraphKnapsack(dependencies, tensor_segments, costs).solve(importance, int(costs.sum() * share))
+        assert best.cost <= int(costs.sum() * share)
+        assert best.upper_bound <= 1.12 * best.value

@@ -108,6 +108,7 @@ class Network {
             ended_ = !spend(1);
             if (ended_) return false;
             if (node >= num_tensors_ && left[node] > 0) {
+                spend(path_.size());
                 node = push_along_path(tensor, node);
             } else if (next_[node] < num_arcs(node)) {
                 const Residual way = residual(node, next_[node]);
@@ -187,18 +188,19 @@ class Relaxation {
             supply_[k] =
                 static_cast<std::int64_t>(std::ceil(std::ldexp(std::max(importance_[k], 0.0), shift_)));
         }
-        fill();
-        std::vector<std::uint8_t> greedy = chosen_;
-        const double greedy_worth = worth_of(greedy);
-        start();
         for (bool all = true; take_relaxed(all);) all = false;
         fill();
-        return {worth_of(chosen_) > greedy_worth ? chosen_ : greedy, bound_};
+        const std::vector<std::uint8_t> relaxed = chosen_;
+        start();
+        fill();
+        return {worth_of(relaxed) > worth_of(chosen_) ? relaxed : chosen_, bound_};
     }
 
   private:
     /// Past the rounding of some products.
     static constexpr double kDown = 1 - 0x1p-40;
+    /// The share of the tensors that fit which is taken at a time.
+    static constexpr std::size_t kPerRound = 16;
 
     struct Point {
         double worth;
@@ -229,7 +231,9 @@ class Relaxation {
     std::int64_t added_cost(std::size_t tensor) {
         for (const Index s : queue_) seen_[s] = 0;
         queue_.clear();
-        const auto visit = [this](std::span<const Index> segments) {
+        std::size_t num_visited = 1;
+        const auto visit = [&](std::span<const Index> segments) {
+            num_visited += segments.size();
             for (const Index s : segments) {
                 if (paid_[s] != 0 || seen_[s] != 0) continue;
                 seen_[s] = 1;
@@ -242,7 +246,7 @@ class Relaxation {
             cost += closure_.cost(queue_[i]);
             visit(closure_.needs_of_segment(queue_[i]));
         }
-        spend(queue_.size() + 1);
+        spend(num_visited);
         return cost;
     }
 
@@ -269,6 +273,9 @@ class Relaxation {
                                             k);
             }
             std::ranges::sort(candidates);
+            // What is paid for them makes others cheaper: only the best are taken before all are looked at
+            // again.
+            candidates.resize((candidates.size() + kPerRound - 1) / kPerRound);
             for (const auto& [density, tensor] : candidates) take(tensor);
         } while (!candidates.empty());
     }
@@ -279,9 +286,12 @@ class Relaxation {
         Point below{0, 0, {}};
         Point above{0, 0, {}};
         offered_.assign(supply_.size(), 0);
+        const std::size_t enough = work_left_ / 2;
         for (Index k = 0; k < supply_.size(); ++k) {
             if (work_left_ == 0) return false;
-            if (supply_[k] == 0 || chosen_[k] != 0 || added_cost(k) > left_) continue;
+            if (supply_[k] == 0 || chosen_[k] != 0) continue;
+            // Where that takes long, the rest is offered whether it fits or not: the bound is weaker.
+            if (work_left_ > enough && added_cost(k) > left_) continue;
             offered_[k] = 1;
             above.worth += static_cast<double>(supply_[k]);
             above.tensors.push_back(k);
@@ -297,7 +307,9 @@ class Relaxation {
             if (all) lower_bound_to(above.worth);
         }
         while (cost > left_) {
-            const double price = (above.worth - below.worth) / (above.cost - below.cost);
+            // Demands are rounded down, by which the dearer selection may be worth less; a price is never
+            // negative.
+            const double price = std::max(0.0, (above.worth - below.worth) / (above.cost - below.cost));
             const double attained = below.worth + price * (static_cast<double>(left_) - below.cost);
             Point between{0, 0, {}};
             const bool complete = solve(price, between);

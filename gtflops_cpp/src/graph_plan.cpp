@@ -340,7 +340,12 @@ class BlockPlanner {
 
     const Entry& plan(const Set& undecided) {
         if (const auto known = planned_.find(undecided); known != planned_.end()) return known->second;
-        Entry entry = spend(undecided.size() * 64) ? decided(undecided) : left_open(undecided);
+        // Where work runs out, each set that waits for another one to be planned leaves a part of it open.
+        const std::size_t copies = 4 * num_groups(undecided);
+        const bool work_left = spend(undecided.size() * 64) && waiting_ + copies <= work_left_;
+        waiting_ += copies;
+        Entry entry = work_left ? decided(undecided) : left_open(undecided);
+        waiting_ -= copies;
         return planned_.emplace(undecided, std::move(entry)).first->second;
     }
 
@@ -427,6 +432,12 @@ class BlockPlanner {
         return parts;
     }
 
+    std::size_t num_groups(const Set& undecided) const {
+        std::size_t count = 0;
+        for (const Index s : members_of(undecided)) count += block_.groups[s].size();
+        return count;
+    }
+
     std::size_t num_tensors(const Indices& part) const {
         std::size_t count = 0;
         for (const Index s : part) {
@@ -486,6 +497,7 @@ class BlockPlanner {
     Plan& plan_;
     std::size_t max_size_;
     std::size_t& work_left_;
+    std::size_t waiting_ = 0;  // copies of groups if all sets that are being planned were left open
     std::vector<Indices> dependents_;
     std::vector<Set> above_;  // all that a segment needs
     std::vector<Set> below_;  // all that needs it

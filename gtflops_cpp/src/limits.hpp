@@ -23,6 +23,10 @@ struct Limits {
     double few_walks = 20'000;
     double few_walks_per_node = 4;
 
+    /// On recorded partial selections, and walks, where the plan leaves others out: a search to its end would
+    /// rarely prove anything. An effort of about a second.
+    std::size_t max_open_states = std::size_t{1} << 22;
+
     /// On trying walks greedily, in steps looked at: an effort of some tens of milliseconds.
     std::size_t max_greedy_work = std::size_t{1} << 24;
 

@@ -869,6 +869,7 @@ class WalkSearch {
         };
         std::vector<Frame> stack;
         const auto follow = [&](const Plan::Arc& arc, const Frame& from, std::size_t num_let_in) {
+            patience_.spend(1 + plan_.groups_of(arc).size() + plan_.open_groups_of(arc).size());
             if (arc.cost > from.left ||
                 (lagrangian != nullptr &&
                  !lagrangian->beats(from.gains + lagrangian->best(arc), incumbent.value))) {
@@ -898,7 +899,6 @@ class WalkSearch {
         };
         follow(plan_.start, Frame{.node = 0, .visit = kNoVisit, .left = capacity_}, 0);
         while (!stack.empty()) {
-            patience_.spend(1);
             if (lagrangian != nullptr && visits_.size() + walks_.size() > max_states_) {
                 left_out_ = std::max(left_out_, lagrangian->floor_bound(lagrangian->best(plan_.start)));
                 return;
@@ -972,11 +972,13 @@ PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std
     Incumbent incumbent;
     for (std::size_t k = 0; k < known.size(); ++k)
         incumbent.value += known[k] != 0 ? instance.tensor_values[k] : 0;
-    WalkSearch search(instance, capacity, options.max_states, limits, patience);
+    const std::size_t max_states =
+        plan.has_open ? std::min(options.max_states, limits.max_open_states) : options.max_states;
+    WalkSearch search(instance, capacity, max_states, limits, patience);
     std::int64_t bound = search.run(incumbent);
     const std::vector<Walk>& walks = search.walks();
 
-    CoreSearch core(instance, options.max_states, limits.halve_at, patience);
+    CoreSearch core(instance, max_states, limits.halve_at, patience);
     for (auto walk = walks.cbegin(); walk != walks.cend() && walk->bound > incumbent.value; ++walk) {
         patience.spend(instance.steps.size());
         const Knapsack knapsack = search.knapsack(*walk);

@@ -172,6 +172,33 @@ void a_solve_can_be_interrupted() {
     }));
 }
 
+/// Few walks, each of which lets in many tensors: the caller is asked as often as that takes time.
+void many_tensors_on_few_walks_can_be_interrupted() {
+    constexpr int kDepth = 100;
+    constexpr int kTensors = 100;  // of each segment
+    Draw draw(4);
+    Graph graph;
+    Importances importance;
+    for (int tower = 0; tower < 2; ++tower) {
+        std::int64_t top = graph.add_segment({}, 1 + draw(1000));
+        for (int depth = 0; depth < kDepth; ++depth) {
+            for (int k = 0; k < kTensors; ++k) {
+                graph.tensors.add({graph.add_segment({top}, 1 + draw(1000))});
+                importance.push_back(static_cast<double>(1 + draw(1000)));
+            }
+            top = graph.add_segment({top}, 1 + draw(1000));
+        }
+    }
+    int asked = 0;
+    solve(graph, importance, total_cost(graph) / 2, {.interrupted = [&] { return ++asked < 0; }});
+    constexpr int kLetIn = kDepth * kDepth * kTensors;  // at least
+    CHECK(asked > kLetIn / (1 << 20));
+    CHECK(throws<gtflops::Interrupted>("interrupted", [&] {
+        int questions = 0;
+        solve(graph, importance, total_cost(graph) / 2, {.interrupted = [&] { return ++questions == 2; }});
+    }));
+}
+
 /// Nothing to plan by: each of many shared segments needs three of as many others.
 void a_graph_without_structure_is_bounded_closely() {
     Draw draw(5);
@@ -245,6 +272,7 @@ int main() {
     extremes_are_exact();
     the_limit_leaves_a_bound();
     a_solve_can_be_interrupted();
+    many_tensors_on_few_walks_can_be_interrupted();
     a_graph_without_structure_is_bounded_closely();
     malformed_input_is_refused();
     malformed_graphs_are_refused();

@@ -76,6 +76,7 @@ Mode any_mode(Draw& draw) {
             break;
     }
     if (draw(3) == 0) mode.limits.max_relaxation_work = static_cast<std::size_t>(draw(3000));
+    if (draw(4) == 0) mode.limits.max_open_states = static_cast<std::size_t>(1 + draw(20));
     if (draw(3) == 0) mode.max_states = static_cast<std::size_t>(1 + draw(50));
     return mode;
 }
