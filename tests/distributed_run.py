@@ -350,6 +350,51 @@ def accelerated(folder: Path) -> Result:
     return {"digests": digests, "sent": per_step, "selected": selected}
 
 
+def in_the_trainer(folder: Path) -> Result:
+    """transformers.Trainer, which wraps the model in DDP itself, with the callback."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from gtflops.integrations.transformers import GreenTrainerCallback
+    from small_models import VOCABULARY, build
+
+    torch.manual_seed(0)
+    trained = build("llama")
+    generator = torch.Generator().manual_seed(3)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(VOCABULARY, (24, 12), generator=generator)]
+    arguments = TrainingArguments(
+        str(folder / "trainer"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_train_epochs=3,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        ddp_backend="gloo",
+        disable_tqdm=True,
+    )
+    digests: list[str] = []
+
+    class Note(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            digests.append(digest(trained))
+
+    callback = GreenTrainerCallback(0.6)
+    trainer = Trainer(trained, arguments, train_dataset=rows, callbacks=[callback, Note()])
+    trainer.train()
+    return {
+        "digests": digests,
+        "names": [record.names for record in callback.log.selections],
+        "planned": callback.log.planned_flops,
+        "full": callback.log.full_flops,
+        "measuring": callback.log.measuring_flops,
+        "total_flos": trainer.state.total_flos,
+    }
+
+
 # --- processes ----------------------------------------------------------------------------------------------------
 
 

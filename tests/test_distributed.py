@@ -26,6 +26,7 @@ NAMES = (
     "resumed",
     "fsdp2",
     "accelerated",
+    "in_the_trainer",
 )
 
 
@@ -213,3 +214,13 @@ def test_accelerates_plain_loop(folder: Path) -> None:
     assert first == second
     assert first["sent"] == [4 * selected for selected in first["selected"]]
     assert len(set(first["digests"])) == 4
+
+
+def test_the_callback_in_a_trainer_that_wraps_the_model_itself(folder: Path) -> None:
+    first, second = ranks(folder, "in_the_trainer")
+    assert first["digests"] == second["digests"]
+    assert len(set(first["digests"])) == 9
+    assert len(first["names"]) == 3
+    assert first["names"] == second["names"]
+    assert first["planned"] == second["planned"] <= 0.6 * first["full"]
+    assert first["total_flos"] == second["total_flos"] == first["planned"] + first["measuring"]

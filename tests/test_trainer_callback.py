@@ -17,6 +17,7 @@ from transformers import BertConfig, T5Config, Trainer, TrainerCallback, Trainin
 
 import gtflops
 from gtflops.integrations.transformers import GreenTrainerCallback
+from gtflops.training import Total
 from small_models import VOCABULARY, build
 
 SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -451,6 +452,20 @@ def test_an_infeasible_budget_trains_nothing(model: Any, tmp_path: Path) -> None
     with pytest.raises(gtflops.InfeasibleBudgetError, match="smallest feasible budget"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_total_that_is_spent_ends_the_training(tmp_path: Path) -> None:
+    """It pays for fewer steps than there are, once measuring is paid."""
+    model = build("llama")
+    full = gtflops.profile(model, padded(rows()[:2])).full_flops
+    callback = GreenTrainerCallback(Total(flops=int(8 * full)), every=100)
+    trainer = trainer_of(model, tmp_path, callback, lengths=(11, 40))
+    trainer.train()
+    assert 0 < trainer.state.global_step < 12
+    assert trainer.state.global_step == len(callback.log.steps) == len(trainer.losses)
+    assert callback.log.stopped is not None
+    spent = callback.log.planned_flops + callback.log.measuring_flops
+    assert trainer.state.total_flos == spent <= 8 * full
 
 
 def test_every_is_checked_where_it_is_given() -> None:

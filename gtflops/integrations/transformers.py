@@ -222,7 +222,7 @@ class _Run:
     def _floating_point_ops(self, inputs: Any) -> int:
         """The Trainer asks after each batch, and reads the sum after the step."""
         flops, self._unreported = self._unreported, 0
-        return flops
+        return flops if self._trainer.args.process_index == 0 else 0  # they are those of all, and the Trainer adds up
 
     def _log_with_flops(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.green is not None and self.green.log.steps and ("loss" in logs or "train_loss" in logs):
