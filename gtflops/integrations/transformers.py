@@ -50,8 +50,11 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
     Args:
         budget: as of :class:`gtflops.GreenTrainer`; a :class:`gtflops.training.Total` that is spent ends the training.
         every: when to select anew: ``"epoch"``, a number of optimizer steps, or a function of the number of steps made.
-        granularity, must_train, must_freeze, max_elements, allow_unsupported: as of :func:`gtflops.select`.
-            ``must_freeze`` may also name tensors that were frozen before the Trainer was built.
+        granularity: as of :func:`gtflops.select`.
+        must_train: as of :func:`gtflops.select`.
+        must_freeze: as of :func:`gtflops.select`; may also name tensors that were frozen before the Trainer was built.
+        max_elements: as of :func:`gtflops.select`.
+        allow_unsupported: as of :func:`gtflops.select`.
 
     Errors about the set-up are raised by ``trainer.train()``, before the first step.
     """

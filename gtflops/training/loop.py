@@ -89,7 +89,10 @@ class GreenTrainer:
             of a budget; nothing is measured.
         measure: what measures importance, called as :func:`gtflops.measure_importance` with ``scheduler=``; for example
             ``functools.partial(gtflops.measure_importance, method="two-pass")``, the published way.
-        granularity, must_train, must_freeze, max_elements: as of :func:`gtflops.select`.
+        granularity: as of :func:`gtflops.select`; ``"layer"`` for compiled layers.
+        must_train: as of :func:`gtflops.select`.
+        must_freeze: as of :func:`gtflops.select`.
+        max_elements: as of :func:`gtflops.select`.
         num_steps: optimizer steps of the run, for budgets that are spread over them; :meth:`fit` knows it for batches
             that have a length.
         energy: a :class:`gtflops.training.EnergyMeter`, on during :meth:`fit`.
