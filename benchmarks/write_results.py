@@ -25,9 +25,10 @@ COMPARED = """
 ## The solver beside others
 
 Batch 4 x 512, attention eager. The *gap* is the share that an answer lacks of the least bound that any solver of the
-group proved for this form of the problem: of the optimum, where one proved it (below 0: within the tolerance of the solver that bounded it). *proof* says whether a solver proved its
-own answer to be the optimum within its time: HiGHS and CP-SAT had {seconds:.0f} s, one thread and one run. *cost* is
-the exact cost of the step in budgets. Ratios are to gtflops in the same form.
+group proved for this form of the problem: of the optimum, where one proved it (below 0: within the tolerance of the
+solver that bounded it). *proof* says whether a solver proved its own answer to be the optimum within its time: HiGHS
+and CP-SAT had {seconds:.0f} s, one thread and one run. *cost* is the exact cost of the step in
+budgets. Ratios are to gtflops in the same form.
 
 """
 
