@@ -286,7 +286,9 @@ class GreenTrainer:
         problem = Problem.of(costs, importance, **self._conditions)
         # Asked again: what measuring took tells a budget of hours what a FLOP takes here.
         smallest_share = share_of(problem.smallest, problem.full)
-        progress = self._progress([costs], smallest_share, self._selections_left() * flops)
+        checking = self._sum(self._prices.of(batch).forward_flops for batch in batches)  # after each selection
+        left = self._selections_left()
+        progress = self._progress([costs], smallest_share, left * flops + (left + 1) * checking)
         self._share = self.processes.first("the budget", lambda: self.budget.share(progress))
         limit = limit_of(costs, budget=self._share)
         self._to_check = True
