@@ -422,7 +422,7 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["train", "TINY", "--total", "2 h", "--budget", "0.5"], "--budget and --total are given; expected one"),
         (["train", "TINY", "--total", "2 kWh"], "add --energy, as in --energy FRA"),
         (["train", "TINY", "--scheme", "full", "--total", "2 h"], "--total is for the scheme greentrainer"),
-        (["train", "TINY", "--energy", "FRO"], "expected a code of three letters"),
+        (["train", "TINY", "--energy", "FRX"], "expected a code of three letters"),
         (["train", "TINY", "--grid", "absent.csv"], "cannot read absent.csv"),
         (["train", "TINY", "--grid", "absent.csv", "--shares", "0"], "--shares is '0', expected name=value"),
         (["train", "TINY", "--resume"], "--resume needs the folder of --checkpoints"),
