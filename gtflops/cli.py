@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +25,11 @@ if TYPE_CHECKING:
     from gtflops.recipes.compare import Comparison
     from gtflops.recipes.datasets import DataSet
     from gtflops.recipes.demo import Demo
-    from gtflops.recipes.finetune import FineTuneResult
+    from gtflops.recipes.finetune import FineTuneResult, InterruptedRunError
     from gtflops.recipes.models import Pretrained
     from gtflops.selection import Selection
+    from gtflops.training import Energy, EnergyMeter, TrainingLog, Watcher
+    from gtflops.training.budgets import BudgetLike
 
 app = typer.Typer(
     help="What a training step costs, exactly; which tensors are worth training under a FLOPs budget; train them.",
@@ -383,6 +387,76 @@ NumQuality = Annotated[
 ModelAttention = Annotated[Attention, typer.Option(help="Attention of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, or cuda; cuda where there is one unless given.")]
 
+# What a run goes by, and leaves behind.
+MovingBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of a full step's FLOPs that a step may cost, in (0, 1], or one for each epoch, as 0.4,0.5,0.7; "
+        "0.5 unless given.",
+        rich_help_panel="Budget",
+    ),
+]
+TotalOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What the whole run may spend, in place of --budget: '2 PFLOP', '3 h', or '1.5 kWh' (with --energy).",
+        rich_help_panel="Budget",
+    ),
+]
+Grid = Annotated[
+    Path | None,
+    typer.Option(
+        help="CSV file with the columns time and intensity (gCO2/kWh), which --shares go by, in place of --budget.",
+        rich_help_panel="Budget",
+    ),
+]
+Shares = Annotated[
+    str,
+    typer.Option(help="Share of a full step from each intensity of --grid on.", rich_help_panel="Budget"),
+]
+EveryOption = Annotated[
+    str, typer.Option(help="Optimizer steps between two selections, or 'epoch'.", rich_help_panel="Budget")
+]
+EnergyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Measure energy and CO2: a country by three letters, as FRA; gCO2/kWh; or a CSV file as of --grid.",
+        rich_help_panel="What the run leaves",
+    ),
+]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for checkpoints: at the end, and when Ctrl-C ends the run.",
+        file_okay=False,
+        rich_help_panel="What the run leaves",
+    ),
+]
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option(help="A checkpoint after every so many steps, too.", min=1, rich_help_panel="What the run leaves"),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from the last checkpoint; all other options as they were.",
+        rich_help_panel="What the run leaves",
+    ),
+]
+Log = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write each selection and step here, as lines of JSON.",
+        dir_okay=False,
+        rich_help_panel="What the run leaves",
+    ),
+]
+TensorBoardOption = Annotated[
+    Path | None, typer.Option(help="Folder for TensorBoard.", file_okay=False, rich_help_panel="What the run leaves")
+]
+Accumulate = Annotated[int, typer.Option(help="Batches whose gradients make one optimizer step.", min=1)]
+
 
 @app.command("train")
 def train_command(
@@ -394,10 +468,17 @@ def train_command(
     data_path: DataPath = None,
     columns: Columns = None,
     validation: ValidationFile = None,
-    budget: Budget = 0.5,
+    budget: MovingBudget = None,
+    total: TotalOption = None,
+    grid: Grid = None,
+    shares: Shares = "0=1.0,200=0.6,400=0.4",
     steps: MaybeSteps = None,
     epochs: Epochs = None,
-    every: Every = 25,
+    every: EveryOption = "25",
+    granularity: Granularity = GranularityOption.TENSOR,
+    must_train: MustTrain = None,
+    must_freeze: MustFreeze = None,
+    accumulate: Accumulate = 1,
     batch_size: Sequences = 4,
     seq_len: Tokens = None,
     target_len: TargetLen = None,
@@ -408,6 +489,12 @@ def train_command(
     attention: ModelAttention = Attention.EAGER,
     device: Device = None,
     allow_unsupported: AllowUnsupported = False,
+    energy: EnergyOption = None,
+    checkpoints: Checkpoints = None,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
+    log: Log = None,
+    tensorboard: TensorBoardOption = None,
     save: Annotated[Path | None, typer.Option(help="Folder for the trained model.", file_okay=False)] = None,
     save_importance: Annotated[Path | None, typer.Option(help="Write the last importances here (JSON).")] = None,
     html: Html = None,
@@ -415,56 +502,102 @@ def train_command(
 ) -> None:
     """Fine-tune a language model, under a budget or by a scheme to compare with.
 
-    Under torchrun the processes train together, each with --batch-size sequences a step.
+    Under torchrun the processes train together, each with --batch-size sequences a step. Leaves with 130 where Ctrl-C
+    ended the run.
 
     Example: gtflops train smollm2 --scheme greentrainer --data aclsum --budget 0.5 --steps 75 --html run.html
+
+    Example: gtflops train smollm2 --epochs 3 --budget 0.4,0.5,0.7 --every epoch
+
+    Example: gtflops train smollm2 --epochs 3 --total '1.5 kWh' --energy FRA --checkpoints run --log run.jsonl
     """
     from gtflops.files import write_whole
-    from gtflops.recipes.finetune import FineTuneSettings, finetune
+    from gtflops.recipes.finetune import FineTuneSettings, InterruptedRunError, finetune
+    from gtflops.recipes.schemes import scheme as scheme_of
     from gtflops.training import processes
 
     _require_writable(html, ".html")
     _require_writable(save_importance)
-    if save is not None:
-        _make_folder(save)
+    _require_writable(log)
+    for folder in (save, checkpoints, tensorboard):
+        if folder is not None:
+            _make_folder(folder)
+    if (resume or checkpoint_every is not None) and checkpoints is None:
+        raise InputError(f"{'--resume' if resume else '--checkpoint-every'} needs the folder of --checkpoints")
+    conditions = {
+        "--budget": budget,
+        "--total": total,
+        "--grid": grid,
+        "--must-train": must_train,
+        "--must-freeze": must_freeze,
+        "--granularity": granularity if granularity is not GranularityOption.TENSOR else None,
+    }
+    given = [name for name, value in conditions.items() if value]
+    if given and not scheme_of(scheme).budgeted:
+        raise InputError(f"{given[0]} is for the scheme greentrainer, which selects; {scheme} does not")
+    moving = _budget(budget, total, grid, shares)
+    meter = None if energy is None else _meter(energy)
+    if meter is None and getattr(moving, "kwh", None) is not None:
+        raise InputError(f"--total {total!r} needs the energy to be measured; add --energy, as in --energy FRA")
+    watchers = _watchers(log, tensorboard)
     examples = _data(data, data_path, columns, validation)
-    settings = FineTuneSettings(
-        steps=_num_steps(steps, epochs, len(examples.train), batch_size),
-        scheme=scheme,
-        batch_size=batch_size,
-        seq_len=seq_len or examples.seq_len,
-        target_len=target_len or examples.target_len,
-        budget=budget,
-        every=every,
-        learning_rate=learning_rate,
-        seed=seed,
-        num_validation=loss_examples,
-        num_quality=quality_examples,
-        allow_unsupported=allow_unsupported,
-    )
     with processes.started() as own_device, _progress() as advance:
+        settings = FineTuneSettings(
+            steps=_num_steps(steps, epochs, len(examples.train), batch_size, accumulate, processes.count()),
+            scheme=scheme,
+            batch_size=batch_size,
+            seq_len=seq_len or examples.seq_len,
+            target_len=target_len or examples.target_len,
+            accumulate=accumulate,
+            budget=moving,
+            every=_every(every),
+            granularity=granularity.value,
+            must_train=tuple(must_train or ()),
+            must_freeze=tuple(must_freeze or ()),
+            learning_rate=learning_rate,
+            seed=seed,
+            num_validation=loss_examples,
+            num_quality=quality_examples,
+            allow_unsupported=allow_unsupported,
+        )
         pretrained = _pretrained(model, attention, str(own_device) if own_device is not None else device, advance)
         advance("train", 0, settings.steps)
-        result = finetune(
-            pretrained.model,
-            pretrained.tokenizer,
-            examples,
-            settings,
-            on_step=lambda record: advance("train", record.step + 1, settings.steps),
-            save=save,
-        )
+        try:
+            result = finetune(
+                pretrained.model,
+                pretrained.tokenizer,
+                examples,
+                settings,
+                on_step=lambda record: advance("train", record.step + 1, settings.steps),
+                save=save,
+                energy=meter,
+                watchers=watchers,
+                checkpoints=checkpoints,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+            )
+        except InterruptedRunError as interruption:
+            stopped: InterruptedRunError | None = interruption
+        else:
+            stopped = None
+    if stopped is not None:
+        _say_interrupted(stopped)
+        raise typer.Exit(130)
     if processes.rank() > 0:
         return
     if as_json:
         _print_json(_run_json(result))
     else:
-        label = f"budget {budget:g}" if result.scheme.budgeted else result.scheme.name
-        out.print(_runs_table({label: result}))
+        label = total or (f"by {grid}" if grid is not None else f"budget {budget or '0.5'}")
+        out.print(_runs_table({label if result.scheme.budgeted else result.scheme.name: result}))
     if save_importance is not None and result.selection is not None:
         write_whole(save_importance, json.dumps(dict(result.selection.importance), indent=1))
     if html is not None:
         _write_html(html, result.profile, result.selection, result.log)
-    _say_written(save, save_importance, html)
+    _say_written(save, save_importance, html, log)
+    if result.log.stopped is not None:
+        say = f"ended after {len(result.log.steps)} of {settings.steps} steps: {result.log.stopped}"
+        err.print(say, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("compare")
@@ -531,7 +664,7 @@ def compare_command(
             examples,
             names,
             settings,
-            learning_rates={name: _number(name, rate) for name, rate in rates.items()},
+            learning_rates={name: _number(f"the learning rate of {name}", rate) for name, rate in rates.items()},
             on_progress=advance,
         )
     if as_json:
@@ -569,10 +702,70 @@ def _pretrained(
     return pretrained
 
 
-def _num_steps(steps: int | None, epochs: int | None, num_examples: int, batch_size: int) -> int:
+def _num_steps(
+    steps: int | None, epochs: int | None, num_examples: int, batch_size: int, accumulate: int = 1, parts: int = 1
+) -> int:
+    from gtflops.recipes.batches import batches_in_epoch
+
     if steps is not None and epochs is not None:
         raise InputError(f"--steps is {steps} and --epochs is {epochs}; expected one of them")
-    return epochs * max(1, num_examples // batch_size) if epochs is not None else steps or 75
+    if epochs is None:
+        return steps or 75
+    return epochs * max(1, batches_in_epoch(num_examples, batch_size, parts) // accumulate)
+
+
+def _budget(budget: str | None, total: str | None, grid: Path | None, shares: str) -> "BudgetLike":
+    """What the options say, of which one may be given."""
+    from gtflops.training import CarbonAware, total_of
+
+    options = {"--budget": budget, "--total": total, "--grid": grid}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} are given; expected one of them")
+    if total is not None:
+        return total_of(total)
+    if grid is not None:
+        pairs = _pairs("shares", shares.split(","))
+        return CarbonAware(grid, {_number("--shares", at): _number("--shares", share) for at, share in pairs.items()})
+    numbers = [_number("--budget", text) for text in (budget or "0.5").split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _every(text: str) -> int | Literal["epoch"]:
+    if text == "epoch":
+        return "epoch"
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--every is {text!r}, expected a positive number of optimizer steps, or 'epoch'")
+    return int(text)
+
+
+def _meter(energy: str) -> "EnergyMeter":
+    from gtflops.training import EnergyMeter
+
+    if energy.endswith(".csv"):
+        return EnergyMeter(intensity=energy)
+    try:
+        grams = float(energy)
+    except ValueError:
+        return EnergyMeter(energy)
+    return EnergyMeter(intensity=grams)
+
+
+def _watchers(log: Path | None, tensorboard: Path | None) -> "list[Watcher]":
+    from gtflops.training import JsonLines, TensorBoard
+
+    watchers: list[Watcher] = [] if log is None else [JsonLines(log)]
+    return watchers if tensorboard is None else [*watchers, TensorBoard(tensorboard)]
+
+
+def _say_interrupted(stopped: "InterruptedRunError") -> None:
+    """At which step, and how to go on."""
+    if stopped.checkpoints is None:
+        how = "; nothing is kept of it: --checkpoints FOLDER would keep it"
+    else:
+        resume = [] if "--resume" in sys.argv else ["--resume"]
+        how = f", which {stopped.checkpoints} keeps; to go on:\n{shlex.join(['gtflops', *sys.argv[1:], *resume])}"
+    err.print(f"{stopped}{how}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _pairs(option: str, texts: list[str]) -> dict[str, str]:
@@ -586,7 +779,7 @@ def _number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise InputError(f"the learning rate of {name} is {text!r}, expected a number") from error
+        raise InputError(f"{name} is {text!r}, expected a number") from error
 
 
 @app.command("demo")
@@ -666,18 +859,38 @@ def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
     table.add_section()
     row("seconds of training steps", lambda run: format_seconds(sum(step.seconds or 0 for step in run.log.steps)))
     row("seconds of selecting", lambda run: format_seconds(sum(record.seconds for record in run.log.selections)))
+    energies = {id(run): run.log.energy for run in runs.values()}
+    if any(energies.values()):
+        row("energy and CO2, estimated", lambda run: _energy_text(energies[id(run)]))
+    drops = {id(run): _drops_text(run.log) for run in runs.values()}
+    if any(drops.values()):
+        row("drop of the loss, predicted and real", lambda run: drops[id(run)])
     row("validation loss before", lambda run: f"{run.loss_before:.4f}")
     row("validation loss after", lambda run: f"{run.loss_after:.4f}")
     for metric in dict.fromkeys(metric for run in runs.values() for metric in run.quality):
         row(f"{_METRICS[metric]} after", lambda run, metric=metric: f"{run.quality[metric]:.1f}")  # type: ignore[misc]
     table.add_section()
     row("selected tensors", lambda run: f"{len(run.trained)} of {len(run.profile.tensors)}")
+    if any(run.log.stopped for run in runs.values()):
+        row("steps made before its end", lambda run: f"{len(run.log.steps)}")
     if any(run.selection is not None for run in runs.values()):
         row(
             "importance captured",
             lambda run: "all" if run.selection is None else f"{run.selection.importance_captured:.1%}",
         )
     return table
+
+
+def _energy_text(energy: "Energy | None") -> str:
+    return "not measured" if energy is None else f"{energy.kwh * 1000:.4g} Wh, {energy.co2_kg * 1000:.4g} g"
+
+
+def _drops_text(log: "TrainingLog") -> str:
+    """Over all checked steps; empty where there is none."""
+    if not log.checked:
+        return ""
+    predicted, real = (sum(getattr(step, name) for step in log.checked) for name in ("predicted_drop", "real_drop"))
+    return f"{predicted:.4g}, {real:.4g}"
 
 
 _METRICS = {
@@ -747,6 +960,8 @@ def _comparison_json(compared: "Comparison") -> dict[str, Any]:
 
 
 def _run_json(run: "FineTuneResult") -> dict[str, Any]:
+    from gtflops.training.watching import to_json
+
     return {
         "scheme": run.scheme.name,
         "trained": list(run.trained),
@@ -763,6 +978,12 @@ def _run_json(run: "FineTuneResult") -> dict[str, Any]:
             "planned_matmul": run.counted.planned_matmul,
             "pytorch_matmul": run.counted.pytorch_matmul,
         },
+        "stopped": run.log.stopped,
+        "energy": None if run.log.energy is None else asdict(run.log.energy),
+        "drops": [
+            {"step": row["step"], "predicted": row["predicted_drop"], "real": row["real_drop"]}
+            for row in map(to_json, run.log.checked)
+        ],
         "step_seconds": [step.seconds for step in run.log.steps],
         "select_seconds": [record.seconds for record in run.log.selections],
         "losses": [step.loss for step in run.log.steps],

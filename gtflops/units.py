@@ -3,6 +3,8 @@
 FLOPS_PER_MAC = 2
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+#: What a decimal prefix stands for.
+FLOPS_BY_PREFIX = {prefix: 1000**power for power, prefix in enumerate(_PREFIXES)}
 
 
 def format_flops(flops: float) -> str:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 import gtflops
 import gtflops.operators
+import gtflops.training
 from branching_models import with_times
 from small_models import build
 from small_tokenizer import word_tokenizer
@@ -189,6 +193,99 @@ def test_train(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     assert "validation loss after" in table
 
 
+def test_train_by_budgets_of_epochs(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4", "--json"]
+    options += [
+        "--budget",
+        "0.6,0.8",
+        "--every",
+        "epoch",
+        "--epochs",
+        "2",
+        "--accumulate",
+        "3",
+        "--must-freeze",
+        "lm_*",
+    ]
+    outputs = ["--energy", "100", "--log", tmp_path / "run.jsonl", "--tensorboard", tmp_path / "board"]
+    data = json.loads(run("train", tiny, *options, *outputs, "--html", tmp_path / "run.html").stdout)
+    # 36 examples to train on are 9 batches and 3 steps an epoch.
+    assert len(data["losses"]) == 6
+    assert [selection["step"] for selection in data["selections"]] == [0, 3]
+    assert data["selections"][0]["flops"] < data["selections"][1]["flops"]
+    assert 0.4 < data["flops_share"] <= 0.7
+    assert not any(name.startswith("lm_") for name in data["trained"])
+    assert data["stopped"] is None
+    assert data["energy"]["co2_kg"] == pytest.approx(data["energy"]["kwh"] * 0.1)
+    assert [drop["step"] for drop in data["drops"]] == [0, 3]
+    assert all(drop["predicted"] == pytest.approx(drop["real"], rel=0.5) for drop in data["drops"])
+    lines = gtflops.training.read_log(tmp_path / "run.jsonl")
+    assert [line["loss"] for line in lines if line["record"] == "step"] == data["losses"]
+    assert [line["budget"] for line in lines if line["record"] == "selection"] == [0.6, 0.8]
+    assert list((tmp_path / "board").iterdir())
+    page = (tmp_path / "run.html").read_text()
+    assert "CO2, estimated" in page
+    assert "Drop of the loss, predicted and real" in page
+    refused = run("train", tiny, *options, "--log", tmp_path / "run.jsonl", expect=2)
+    assert "lines of another run" in refused.stderr
+
+
+def test_train_until_a_total_is_spent(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4", "--json"]
+    flops = json.loads(run("train", tiny, *options, "--total", "0.2 GFLOP", "--steps", "20", "--every", "10").stdout)
+    assert flops["stopped"] is None
+    assert len(flops["losses"]) == 20
+    assert 0.9 * 2e8 < flops["planned_flops"] + flops["measuring_flops"] <= 2e8
+    result = run("train", tiny, *options, "--total", "0.3 s", "--steps", "1000", "--html", tmp_path / "run.html")
+    hours = json.loads(result.stdout)
+    assert 0 < len(hours["losses"]) < 1000
+    assert hours["stopped"].startswith("Total(hours=8.3")
+    assert f"ended after {len(hours['losses'])} of 1000 steps: Total(" in result.stderr
+    assert "Ended early" in (tmp_path / "run.html").read_text()
+    nothing = run("train", tiny, *options, "--total", "3 MFLOP", expect=2)
+    assert "no step was made" in nothing.stderr
+
+
+def test_train_by_the_grid(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "grid.csv").write_text("time,intensity\n2020-01-01T00:00Z,250\n2080-01-01T00:00Z,250\n")
+    options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--steps", "2", "--json"]
+    shares = ["--grid", tmp_path / "grid.csv", "--shares", "0=1.0,200=0.7"]
+    data = json.loads(run("train", tiny, *options, *shares).stdout)
+    same = json.loads(run("train", tiny, *options, "--budget", "0.7").stdout)
+    assert data["losses"] == same["losses"]
+    assert data["planned_flops"] == same["planned_flops"]
+
+
+def test_train_interrupted_and_resumed(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4", "--json"]
+    options += ["--steps", "150", "--every", "50", "--budget", "0.7"]
+    folder, log = tmp_path / "check points", tmp_path / "run.jsonl"
+    arguments = ["train", tiny, *options, "--checkpoints", folder, "--checkpoint-every", "40", "--log", log]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gtflops", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not (log.exists() and log.read_text().count('"step", "step"') >= 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    made = sum(line["record"] == "step" for line in gtflops.training.read_log(log))
+    assert f"interrupted after {made} of 150 steps, which {folder} keeps; to go on:" in stderr
+    to_go_on = stderr.splitlines()[-1]
+    assert shlex.split(to_go_on) == ["gtflops", *map(str, arguments), "--resume"]
+    assert "of another run" in run(*arguments, expect=2).stderr
+    resumed = json.loads(run(*shlex.split(to_go_on)[1:]).stdout)
+    whole = json.loads(run("train", tiny, *options).stdout)
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["validation_loss_after"] == whole["validation_loss_after"]
+    assert [line["step"] for line in gtflops.training.read_log(log) if line["record"] == "step"] == list(range(150))
+
+
 def test_train_by_another_scheme(tiny: Path, tmp_path: Path) -> None:
     rows = [{"question": "what it costs", "answer": ["a model", "x"]} for _ in range(12)]
     path = tmp_path / "qa.jsonl"
@@ -202,6 +299,9 @@ def test_train_by_another_scheme(tiny: Path, tmp_path: Path) -> None:
     assert set(data["quality"]) == {"rouge1", "rouge2", "rougeL"}
     assert data["peak_memory_bytes"] > 0
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    lisa = ["--scheme", "lisa", "--every", "1", "--html", tmp_path / "lisa.html"]
+    run("train", tiny, *options, *sizes[:-3], *lisa)  # selections without importance
+    assert "Selections" in (tmp_path / "lisa.html").read_text()
 
 
 def test_compare(tiny: Path, pairs: Path) -> None:
@@ -315,6 +415,17 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["train", "TINY", "--data", "piqa"], "from the Hugging Face hub"),
         (["train", "TINY", "--scheme", "adapter"], "there is no scheme 'adapter'; expected one of full, top2"),
         (["train", "TINY", "--steps", "3", "--epochs", "1"], "expected one of them"),
+        (["train", "TINY", "--budget", "0.5,high"], "--budget is 'high', expected a number"),
+        (["train", "TINY", "--budget", "0.5,1.5"], "budget of epoch 2 is 1.5, expected a share of a full step"),
+        (["train", "TINY", "--every", "day"], "--every is 'day', expected a positive number of optimizer steps, or"),
+        (["train", "TINY", "--total", "2 PFLIP"], "the total is '2 PFLIP', expected a number and a unit, such as"),
+        (["train", "TINY", "--total", "2 h", "--budget", "0.5"], "--budget and --total are given; expected one"),
+        (["train", "TINY", "--total", "2 kWh"], "add --energy, as in --energy FRA"),
+        (["train", "TINY", "--scheme", "full", "--total", "2 h"], "--total is for the scheme greentrainer"),
+        (["train", "TINY", "--energy", "FRX"], "expected a code of three letters"),
+        (["train", "TINY", "--grid", "absent.csv"], "cannot read absent.csv"),
+        (["train", "TINY", "--grid", "absent.csv", "--shares", "0"], "--shares is '0', expected name=value"),
+        (["train", "TINY", "--resume"], "--resume needs the folder of --checkpoints"),
         (["train", "TINY", "--columns", "question"], "--columns is 'question', expected name=value"),
         (["compare", "TINY", "--schemes", "full,bitfit"], "has no biases for bitfit"),
         (["compare", "TINY", "--learning-rate-of", "lora=high"], "the learning rate of lora is 'high'"),

@@ -25,6 +25,7 @@ from gtflops.report import write
 from gtflops.report.summary import evenly, summarise, visible
 from gtflops.report.terminal import profile_tables, selection_table
 from gtflops.selection import Selection, select
+from gtflops.training.energy import Energy
 from gtflops.training.records import TrainingLog
 from gtflops.units import format_seconds
 from zoo import ZOO
@@ -178,6 +179,39 @@ def test_loss_that_is_not_finite_is_none(profile: Profile, log: TrainingLog, tmp
     for suffix in (".json", ".md", ".html"):
         write(tmp_path / f"report{suffix}", profile, log=broken)
     assert read_json(tmp_path / "report.json")["training"]["steps"][0]["loss"] is None
+
+
+@pytest.mark.parametrize("suffix", [".json", ".md", ".html"])
+def test_energy_end_and_drop_of_a_run(profile: Profile, log: TrainingLog, tmp_path: Path, suffix: str) -> None:
+    used = Energy(kwh=1.25, co2_kg=0.07, intensity=56.0, method="counted <by> hand")
+    ended = TrainingLog(log.steps, log.selections, log.measuring_flops, stopped="all is spent", energy=used)
+    path = tmp_path / f"report{suffix}"
+    write(path, profile, log=ended)
+    if suffix == ".json":
+        training = read_json(path)["training"]
+        assert training["energy"] == {"kwh": 1.25, "co2_kg": 0.07, "intensity": 56.0, "method": "counted <by> hand"}
+        assert training["stopped"] == "all is spent"
+        assert [step["predicted_drop"] is None for step in training["steps"]] == [False, True] * 3
+        return
+    text = path.read_text()
+    assert "1.25 kWh" in text
+    assert "0.07 kg, at 56 g/kWh" in text
+    assert "all is spent" in text
+    assert "summed over the 3 steps after a selection" in text
+    assert "<by>" not in text
+
+
+@pytest.mark.parametrize("suffix", [".json", ".md", ".html"])
+def test_selections_without_importance(profile: Profile, log: TrainingLog, tmp_path: Path, suffix: str) -> None:
+    steps = [replace(step, predicted_drop=None, real_drop=None) for step in log.steps]
+    records = [replace(record, selection=None, budget=None) for record in log.selections]
+    path = tmp_path / f"report{suffix}"
+    write(path, profile, log=TrainingLog(steps, records))
+    text = path.read_text()
+    assert "Drop of the loss" not in text
+    assert "estimated" not in text
+    if suffix == ".json":
+        assert [event["importance_captured"] for event in read_json(path)["training"]["selections"]] == [None] * 3
 
 
 def test_selection_of_another_profile_is_refused(profile: Profile, hostile_selection: Selection) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -39,10 +40,60 @@ def batches(
     is in ``seq_len``, and labels are ``target_len`` long. Every example is encoded before the first batch: InputError
     names one whose target leaves no room.
     """
-    if len(examples) < batch_size:
-        raise InputError(f"{len(examples)} examples do not fill a batch of {batch_size}; expected at least as many")
+    _require_a_batch(examples, batch_size)
     rows = [encode(example, tokenizer, seq_len=seq_len, target_len=target_len) for example in examples]
-    return _endless(rows, tokenizer, batch_size, seq_len, seed, target_len)
+    return (
+        collate([rows[index] for index in chosen], tokenizer, seq_len=seq_len, target_len=target_len)
+        for order in _orders(len(rows), seed)
+        for chosen in _full(order, batch_size)
+    )
+
+
+class EpochBatches:
+    """The batches of one epoch of :func:`batches`, on ``device``; :meth:`set_epoch` says of which.
+
+    Of ``parts`` processes that train together, each has every ``parts``-th batch, beginning at number ``part``; what
+    does not give one to each is left out.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        target_len: int | None = None,
+        device: torch.device | None = None,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
+        _require_a_batch(examples, batch_size * parts)
+        self._rows = [encode(example, tokenizer, seq_len=seq_len, target_len=target_len) for example in examples]
+        self._tokenizer, self._seq_len, self._target_len = tokenizer, seq_len, target_len
+        self._batch_size, self._seed, self._device, self._part, self._parts = batch_size, seed, device, part, parts
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return batches_in_epoch(len(self._rows), self._batch_size, self._parts)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order is that of this epoch, from 0 on; it depends on the seed and ``epoch`` alone."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = next(islice(_orders(len(self._rows), self._seed), self._epoch, None))
+        of_this_part = islice(_full(order, self._batch_size), self._part, len(self) * self._parts, self._parts)
+        for chosen in of_this_part:
+            rows = [self._rows[index] for index in chosen]
+            batch = collate(rows, self._tokenizer, seq_len=self._seq_len, target_len=self._target_len)
+            yield {name: tensor.to(self._device) for name, tensor in batch.items()}
+
+
+def batches_in_epoch(num_examples: int, batch_size: int, parts: int = 1) -> int:
+    """How many batches each of ``parts`` processes has in an epoch."""
+    return num_examples // batch_size // parts
 
 
 def in_order(
@@ -56,15 +107,21 @@ def in_order(
     ]
 
 
-def _endless(
-    rows: Sequence[Encoded], tokenizer: Any, batch_size: int, seq_len: int, seed: int | None, target_len: int | None
-) -> Iterator[Batch]:
+def _orders(num_examples: int, seed: int | None) -> Iterator[list[int]]:
+    """The order of the examples in each epoch, without end."""
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     while True:
-        order = torch.randperm(len(rows), generator=generator).tolist() if generator else range(len(rows))
-        for start in range(0, len(rows) - batch_size + 1, batch_size):
-            chosen = [rows[index] for index in order[start : start + batch_size]]
-            yield collate(chosen, tokenizer, seq_len=seq_len, target_len=target_len)
+        yield torch.randperm(num_examples, generator=generator).tolist() if generator else list(range(num_examples))
+
+
+def _full(order: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+    """The full batches of an order."""
+    return (order[start : start + batch_size] for start in range(0, len(order) - batch_size + 1, batch_size))
+
+
+def _require_a_batch(examples: Sequence[Example], size: int) -> None:
+    if len(examples) < size:
+        raise InputError(f"{len(examples)} examples do not fill a batch of {size}; expected at least as many")
 
 
 def encode(example: Example, tokenizer: Any, *, seq_len: int, target_len: int | None = None) -> Encoded:

@@ -1,8 +1,8 @@
 """Fine-tune a language model by a scheme, and say what it cost and what it brought."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtflops.capture import ExecutedFlops
-from gtflops.errors import InputError
+from gtflops.errors import BudgetSpentError, InputError
+from gtflops.problem import Granularity
 from gtflops.profiling import Profile
 from gtflops.profiling import profile as profile_of
-from gtflops.recipes.batches import Batch, batches, in_order
+from gtflops.recipes.batches import Batch, EpochBatches, in_order
 from gtflops.recipes.datasets import DataSet
 from gtflops.recipes.evaluation import mean_loss, on_device, quality
 from gtflops.recipes.memory import Memory, PeakMemory
 from gtflops.recipes.schemes import Scheme, scheme
 from gtflops.selection import Selection
-from gtflops.training import GreenTrainer, StepRecord, TrainingLog, processes
+from gtflops.training import EnergyMeter, GreenTrainer, StepRecord, TrainingLog, Watcher, budget_of, processes
+from gtflops.training.budgets import BudgetLike
+from gtflops.training.loop import Every, check_every
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +36,18 @@ class FineTuneSettings:
     seq_len: int = 224
     target_len: int = 64
     """The longest text to generate, and the length of an encoder-decoder's labels."""
-    budget: float = 0.5
-    """Share of a full step's FLOPs, for the scheme greentrainer."""
-    every: int = 100
-    """Optimizer steps between selections."""
+    accumulate: int = 1
+    """Batches whose gradients make a step."""
+    budget: BudgetLike = 0.5
+    """Share of a full step's FLOPs, for the scheme greentrainer; or any other budget of :class:`GreenTrainer`."""
+    every: Every = 100
+    """Optimizer steps between selections, or "epoch"."""
+    granularity: Granularity = "tensor"
+    """What the scheme greentrainer chooses as a whole; "layer" for compiled layers."""
+    must_train: tuple[str, ...] = ()
+    """Patterns of tensors that the scheme greentrainer trains in any case."""
+    must_freeze: tuple[str, ...] = ()
+    """Patterns of tensors that it never trains."""
     learning_rate: float = 5e-5
     """Peak of AdamW's linear decay to zero, without warm-up (the published recipe's schedule)."""
     seed: int = 0
@@ -52,7 +63,9 @@ class FineTuneSettings:
 
     def __post_init__(self) -> None:
         scheme(self.scheme)
-        for name in ("steps", "batch_size", "seq_len", "target_len", "every"):
+        budget_of(self.budget)
+        check_every(self.every)
+        for name in ("steps", "batch_size", "seq_len", "target_len", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.num_quality < 0 or (self.num_validation is not None and self.num_validation < 1):
@@ -94,21 +107,32 @@ class FineTuneResult:
     quality: Mapping[str, float]
     counted: CountedStep
     memory: Memory | None
+    batches_per_step: int = 1
+    """Over all processes."""
 
     @property
     def full_step_flops(self) -> int:
-        """What a step of full fine-tuning takes."""
+        """What full fine-tuning takes for a batch."""
         return self.base.full_flops
 
     @property
     def flops_share(self) -> float:
         """Planned FLOPs of all steps, as a share of those of full fine-tuning."""
-        return self.log.planned_flops / (self.full_step_flops * len(self.log.steps))
+        return self.log.planned_flops / (self.full_step_flops * self.batches_per_step * len(self.log.steps))
 
     @property
     def train_seconds(self) -> float:
         """Of the steps alone."""
         return sum(step.seconds or 0.0 for step in self.log.steps)
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a run, after ``step`` optimizer steps of ``num_steps``. What is in ``checkpoints``, if
+    there is such a folder, goes on from there."""
+
+    def __init__(self, step: int, num_steps: int, checkpoints: Path | None) -> None:
+        super().__init__(f"interrupted after {step} of {num_steps} steps")
+        self.step, self.num_steps, self.checkpoints = step, num_steps, checkpoints
 
 
 def finetune(
@@ -121,8 +145,17 @@ def finetune(
     loss_before: float | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     save: Path | None = None,
+    energy: EnergyMeter | None = None,
+    watchers: Sequence[Watcher] = (),
+    checkpoints: Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
 ) -> FineTuneResult:
     """Train ``model`` in place for ``settings.steps`` steps, on the device that it is on.
+
+    ``energy``, ``watchers``, ``checkpoints`` and ``resume`` are as of :class:`GreenTrainer`, which is given the epochs
+    of ``data``; ``energy`` to the first process alone. A total that is spent ends the training, with the reason in the
+    log; Ctrl-C is an InterruptedRunError.
 
     ``profile`` (of the model as it comes) and ``loss_before`` are taken as known where given. Two runs from the same
     weights and settings, on the same machine with the same number of threads, give the same losses. The trained model,
@@ -138,12 +171,25 @@ def finetune(
     }
     if not data.validation:
         raise InputError(f"{data.name} has no validation examples; expected at least one to measure the loss on")
-    shared = processes.share(batches(data.train, tokenizer, seed=settings.seed, **sizes))
-    stream = (on_device(batch, device) for batch in shared)
+    if checkpoints is not None and not resume and (there := sorted(checkpoints.glob("step-*"))):
+        raise InputError(f"{checkpoints} has {there[-1].name} of another run; expected an empty folder, or to resume")
+    loader = EpochBatches(
+        data.train,
+        tokenizer,
+        seed=settings.seed,
+        device=device,
+        part=processes.rank() if processes.count() > 1 else 0,
+        parts=processes.count(),
+        **sizes,
+    )
+    if len(loader) < settings.accumulate:
+        raise InputError(
+            f"accumulate is {settings.accumulate}, and an epoch has {len(loader)} batches; expected no more than that"
+        )
     held_out = [
         on_device(batch, device) for batch in in_order(data.validation[: settings.num_validation], tokenizer, **sizes)
     ]
-    first = next(stream)
+    first = next(iter(loader))
     model.requires_grad_(True).train()
     base = profile or profile_of(model, first)
     loss_before = mean_loss(model, held_out) if loss_before is None else loss_before
@@ -163,6 +209,10 @@ def finetune(
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / settings.steps)),
         count_executed=settings.count_executed,
         allow_unsupported=settings.allow_unsupported,
+        granularity=settings.granularity,
+        must_train=settings.must_train,
+        must_freeze=settings.must_freeze,
+        energy=energy if processes.rank() == 0 else None,
         choose=None if chosen.choose is None else chosen.choose(settings.seed),
     )
     counted: CountedStep | None = None
@@ -175,9 +225,27 @@ def finetune(
             on_step(record)
 
     torch.manual_seed(settings.seed)  # whatever the scheme drew, dropout is the same
-    with PeakMemory(trained) as peak:
-        trainer.fit(chain([first], islice(stream, settings.steps - 1)), on_step=count_then_report)
-    assert counted is not None
+    try:
+        with PeakMemory(trained) as peak:
+            trainer.fit(
+                loader,
+                epochs=math.ceil(settings.steps / (len(loader) // settings.accumulate)),
+                num_steps=settings.steps,
+                accumulate=settings.accumulate,
+                on_step=count_then_report,
+                watchers=watchers,
+                checkpoints=checkpoints,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+            )
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(len(trainer.log.steps), settings.steps, None) from error
+    if trainer.interrupted:
+        raise InterruptedRunError(len(trainer.log.steps), settings.steps, checkpoints)
+    if not trainer.log.steps:
+        raise BudgetSpentError(f"no step was made: {trainer.log.stopped}; expected a larger total")
+    if counted is None:  # resumed after its last step
+        counted = count_step(trained, costs, first, allow_unsupported=settings.allow_unsupported)
     if save is not None and processes.rank() == 0:
         trained.save_pretrained(save)
         tokenizer.save_pretrained(save)
@@ -193,6 +261,7 @@ def finetune(
         quality=_quality(trained, tokenizer, data, settings),
         counted=counted,
         memory=peak.memory,
+        batches_per_step=settings.accumulate * processes.count(),
     )
 
 

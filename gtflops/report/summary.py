@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from gtflops.selection import Selection
 from gtflops.units import FLOPS_PER_MAC, format_flops, format_seconds
 
 if TYPE_CHECKING:
+    from gtflops.training.energy import Energy
     from gtflops.training.records import TrainingLog
 
 Item = TypeVar("Item")
@@ -232,11 +233,17 @@ class StepRow:
     cumulative_planned_flops: int
     executed_flops: int | None
     seconds: float | None
+    predicted_drop: float | None
+    """What the loss was to fall by, to first order; ``None`` in steps that were not checked."""
+    real_drop: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSummary:
-    """The training log; ``executed_flops`` is ``None`` unless every step was counted."""
+    """The training log; ``executed_flops`` is ``None`` unless every step was counted.
+
+    ``stopped`` says why it ended before its last step, ``energy`` what it took, where that was measured.
+    """
 
     steps: tuple[StepRow, ...]
     selections: tuple[SelectionEvent, ...]
@@ -244,6 +251,8 @@ class TrainingSummary:
     executed_flops: int | None
     measuring_flops: int
     seconds: float
+    stopped: str | None
+    energy: "Energy | None"
 
     def facts(self) -> tuple[tuple[str, str], ...]:
         """Labels and values, as every renderer prints them."""
@@ -255,7 +264,31 @@ class TrainingSummary:
             ("Training steps, planned", f"{self.planned_flops:,} FLOP"),
             ("Training steps, executed", executed),
             ("Selections", f"{len(self.selections):,}, measured with {format_flops(self.measuring_flops)} on top"),
+            *self._drop(),
             ("Time", format_seconds(self.seconds)),
+            *self._energy(),
+            *(() if self.stopped is None else (("Ended early", self.stopped),)),
+        )
+
+    def _drop(self) -> tuple[tuple[str, str], ...]:
+        drops = [
+            (step.predicted_drop, step.real_drop)
+            for step in self.steps
+            if step.predicted_drop is not None and step.real_drop is not None
+        ]
+        if not drops:
+            return ()
+        predicted, real = map(sum, zip(*drops, strict=True))
+        said = f"{predicted:.4g}, {real:.4g}, summed over the {len(drops)} steps after a selection"
+        return (("Drop of the loss, predicted and real", said),)
+
+    def _energy(self) -> tuple[tuple[str, str], ...]:
+        if self.energy is None:
+            return ()
+        used = self.energy
+        return (
+            ("Energy, estimated", f"{used.kwh:.4g} kWh; {used.method}"),
+            ("CO2, estimated", f"{used.co2_kg:.4g} kg, at {used.intensity:.4g} g/kWh"),
         )
 
 
@@ -332,6 +365,7 @@ class Summary:
     def _training_json(self, training: TrainingSummary) -> dict[str, Any]:
         return {
             **_fields(training),
+            "energy": None if training.energy is None else asdict(training.energy),
             "steps": [_fields(step) for step in training.steps],
             "selections": [
                 {
@@ -512,11 +546,13 @@ def _training(profile: Profile, log: "TrainingLog") -> TrainingSummary:
         steps=tuple(
             StepRow(
                 step=step.step,
-                loss=step.loss if step.loss is not None and math.isfinite(step.loss) else None,
+                loss=_finite(step.loss),
                 planned_flops=step.planned_flops,
                 cumulative_planned_flops=cumulative,
                 executed_flops=step.executed_flops,
                 seconds=step.seconds,
+                predicted_drop=_finite(step.predicted_drop),
+                real_drop=_finite(step.real_drop),
             )
             for step, cumulative in zip(log.steps, accumulate(step.planned_flops for step in log.steps), strict=True)
         ),
@@ -534,7 +570,13 @@ def _training(profile: Profile, log: "TrainingLog") -> TrainingSummary:
         executed_flops=log.executed_flops,
         measuring_flops=log.measuring_flops,
         seconds=log.seconds,
+        stopped=log.stopped,
+        energy=log.energy,
     )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _fields(record: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Training under a budget: the loop, budgets that move, checkpoints, energy, and watching; needs torch."""
 
-from gtflops.training.budgets import Budget, CarbonAware, Progress, Total, budget_of
+from gtflops.training.budgets import Budget, CarbonAware, Progress, Total, budget_of, total_of
 from gtflops.training.energy import Energy, EnergyMeter
 from gtflops.training.intensity import IntensitySeries, read_intensity
 from gtflops.training.loop import GreenTrainer
@@ -26,4 +26,5 @@ __all__ = [
     "budget_of",
     "read_intensity",
     "read_log",
+    "total_of",
 ]

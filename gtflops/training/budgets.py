@@ -4,6 +4,7 @@ A budget is a function of :class:`Progress` and has no state of its own, so that
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -11,7 +12,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from gtflops.errors import InfeasibleBudgetError, InputError
 from gtflops.training.intensity import Intensity, IntensityLike, intensity_of, is_number, require_intensity
-from gtflops.units import format_flops
+from gtflops.units import FLOPS_BY_PREFIX, format_flops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +273,37 @@ def budget_of(value: BudgetLike) -> Budget:
         f"budget is {value!r}, expected a share of a full step in (0, 1], a list of them by epoch, a function of "
         "Progress, or a Budget such as Total"
     )
+
+
+def total_of(text: str) -> Total:
+    """A total as people write it: a number, and FLOP with a prefix, h, min, s, kWh or Wh.
+
+    >>> print(total_of("2 PFLOP"), total_of("90 min"), total_of("1.5kWh"))
+    Total(flops=2000000000000000) Total(hours=1.5) Total(kwh=1.5)
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    try:
+        number, unit = (float(found[1]), found[2]) if found else (math.nan, "")
+    except ValueError:
+        number, unit = math.nan, ""
+    field_name, factor = _UNITS.get(re.sub("(?i)flops?$", "FLOP", unit), ("", 0.0))
+    if math.isnan(number) or not field_name:
+        raise InputError(
+            f"the total is {text!r}, expected a number and a unit, such as '2 PFLOP' (k, M, G, T, P, E or Z), '3 h' "
+            "(h, min or s) or '1.5 kWh' (kWh or Wh)"
+        )
+    return Total(**{field_name: number * factor})
+
+
+#: The field of :class:`Total` that a unit is for, and how much of it one is.
+_UNITS: Mapping[str, tuple[str, float]] = {
+    **{f"{prefix}FLOP": ("flops", factor) for prefix, factor in FLOPS_BY_PREFIX.items()},
+    "h": ("hours", 1),
+    "min": ("hours", 1 / 60),
+    "s": ("hours", 1 / 3600),
+    "kWh": ("kwh", 1),
+    "Wh": ("kwh", 1 / 1000),
+}
 
 
 def share_of(flops: int, full_flops: int) -> float:

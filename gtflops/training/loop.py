@@ -187,6 +187,8 @@ class GreenTrainer:
         self.selection: Selection | None = None
         self.epoch = 0
         self.log = TrainingLog()
+        self.interrupted = False
+        """Whether Ctrl-C or SIGTERM ended the last :meth:`fit`."""
         self._chosen: frozenset[str] | None = None
         self._trained: frozenset[str] | None = None
         self._share: float | None = None
@@ -284,7 +286,9 @@ class GreenTrainer:
         problem = Problem.of(costs, importance, **self._conditions)
         # Asked again: what measuring took tells a budget of hours what a FLOP takes here.
         smallest_share = share_of(problem.smallest, problem.full)
-        progress = self._progress([costs], smallest_share, self._selections_left() * flops)
+        checking = self._sum(self._prices.of(batch).forward_flops for batch in batches)  # after each selection
+        left = self._selections_left()
+        progress = self._progress([costs], smallest_share, left * flops + (left + 1) * checking)
         self._share = self.processes.first("the budget", lambda: self.budget.share(progress))
         limit = limit_of(costs, budget=self._share)
         self._to_check = True
@@ -329,6 +333,7 @@ class GreenTrainer:
         batches: Iterable[Any],
         epochs: int = 1,
         *,
+        num_steps: int | None = None,
         accumulate: int = 1,
         measure_on: int = 1,
         on_step: Callable[[StepRecord], None] | None = None,
@@ -340,7 +345,9 @@ class GreenTrainer:
         """``epochs`` passes over ``batches``, an optimizer step for every ``accumulate`` of them.
 
         Args:
-            batches: gone over again in each epoch, so an iterator has one epoch only.
+            batches: gone over again in each epoch, so an iterator has one epoch only. Told which one it is by
+                ``batches.set_epoch``, where there is such a method.
+            num_steps: the most steps to make, in the middle of an epoch if need be; of a resumed run, in all.
             accumulate: batches whose gradients are averaged to make a step; what does not fill one is left out.
             measure_on: batches from the next step on that importance is averaged over.
             on_step: called with the record of each step.
@@ -358,7 +365,7 @@ class GreenTrainer:
         if resume and checkpoints is None:
             raise InputError("resume=True without checkpoints, expected the folder that they were written to")
         folder = None if checkpoints is None else Path(checkpoints)
-        run = _Run(self, batches, epochs, accumulate, measure_on, folder)
+        run = _Run(self, batches, epochs, num_steps, accumulate, measure_on, folder)
         if run.num_steps is not None:
             self.num_steps = len(self.log.steps) + run.num_steps
         self.num_epochs = epochs
@@ -366,7 +373,7 @@ class GreenTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         if resume:
             run.resume()
-        self.log.stopped = None
+        self.log.stopped, self.interrupted = None, False
         with ExitStack() as stack:
             interrupted = stack.enter_context(_interruption())
             stack.enter_context(self.processes.together())
@@ -393,6 +400,7 @@ class GreenTrainer:
                 if on_step is not None:
                     on_step(record)
                 if self.processes.any("an interruption", interrupted.is_set()):
+                    self.interrupted = True
                     self.log.stopped = f"interrupted after {len(self.log.steps)} steps"
                     break
                 if folder is not None and checkpoint_every and len(self.log.steps) % checkpoint_every == 0:
@@ -618,11 +626,13 @@ class _Run:
         trainer: GreenTrainer,
         batches: Iterable[Any],
         epochs: int,
+        num_steps: int | None,
         accumulate: int,
         measure_on: int,
         folder: Path | None,
     ) -> None:
-        for name, value in (("epochs", epochs), ("accumulate", accumulate), ("measure_on", measure_on)):
+        numbers = {"epochs": epochs, "accumulate": accumulate, "measure_on": measure_on}
+        for name, value in (numbers if num_steps is None else {**numbers, "num_steps": num_steps}).items():
             if type(value) is not int or value < 1:
                 raise InputError(f"{name} is {value!r}, expected a positive integer")
         if epochs > 1 and isinstance(batches, Iterator):
@@ -632,6 +642,8 @@ class _Run:
         self._trainer = trainer
         self._batches = batches
         self._epochs = epochs
+        self._most_steps = num_steps
+        self._end = None if num_steps is None else len(trainer.log.steps) + num_steps
         self._accumulate = accumulate
         self._ahead = max(accumulate, measure_on)
         self._measure_on = measure_on
@@ -643,10 +655,11 @@ class _Run:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the whole run; ``None`` for batches without a length."""
+        """Steps of the whole run; ``None`` for batches without a length, and no number given."""
         if not isinstance(self._batches, Sized):
-            return None
-        return len(self._batches) // self._accumulate * self._epochs
+            return self._most_steps
+        steps = len(self._batches) // self._accumulate * self._epochs
+        return steps if self._most_steps is None else min(steps, self._most_steps)
 
     def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...], list[Any]]]:
         """Epoch, batches of a step, and batches to measure importance on if that is due."""
@@ -654,6 +667,8 @@ class _Run:
             self._epoch = epoch
             if self._at_start_of_epoch is None:
                 self._at_start_of_epoch = checkpoints.random_states()
+            if callable(set_epoch := getattr(self._batches, "set_epoch", None)):
+                set_epoch(epoch)
             stream = iter(self._batches)
             for _ in islice(stream, self.steps_in_epoch * self._accumulate):
                 pass
@@ -662,6 +677,8 @@ class _Run:
                 self._after_skipping = None
             ahead: deque[Any] = deque(islice(stream, self._ahead))
             while self._trainer.processes.all("another step", len(ahead) >= self._accumulate):
+                if self._end is not None and len(self._trainer.log.steps) >= self._end:
+                    return
                 step = tuple(islice(ahead, self._accumulate))
                 yield epoch, step, list(islice(ahead, self._measure_on))
                 for _ in step:

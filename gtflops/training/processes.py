@@ -12,7 +12,6 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -325,11 +324,9 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def share(batches: Iterator[T]) -> Iterator[T]:
-    """This process's part of a stream of batches that is the same on all: every ``world_size``-th, from its rank on."""
-    if not dist.is_initialized():
-        return batches
-    return islice(batches, dist.get_rank(), None, dist.get_world_size())
+def count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def in_ddp(model: torch.nn.Module) -> torch.nn.Module:

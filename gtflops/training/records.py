@@ -120,6 +120,11 @@ class TrainingLog:
         )
 
     @property
+    def checked(self) -> tuple[StepRecord, ...]:
+        """The steps that say what the loss was to fall by, and what it fell by."""
+        return tuple(step for step in self.steps if step.predicted_drop is not None and step.real_drop is not None)
+
+    @property
     def planned_flops(self) -> int:
         return sum(step.planned_flops for step in self.steps)
 
