@@ -17,7 +17,7 @@ from transformers import BertConfig, T5Config, Trainer, TrainerCallback, Trainin
 
 import gtflops
 from gtflops.integrations.transformers import GreenTrainerCallback
-from gtflops.training import Total
+from gtflops.training import Budget, Progress, Total
 from small_models import VOCABULARY, build
 
 SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -466,6 +466,22 @@ def test_a_total_that_is_spent_ends_the_training(tmp_path: Path) -> None:
     assert callback.log.stopped is not None
     spent = callback.log.planned_flops + callback.log.measuring_flops
     assert trainer.state.total_flos == spent <= 8 * full
+
+
+def test_what_was_measured_for_a_step_that_is_not_made_counts(tmp_path: Path) -> None:
+    class EndsAfterMeasuring(Budget):
+        def share(self, progress: Progress) -> float:
+            return 0.6
+
+        def exhausted(self, progress: Progress, next_flops: int) -> str | None:
+            return "enough" if progress.step == 3 and next_flops < 0.9 * progress.full_flops else None
+
+    callback = GreenTrainerCallback(EndsAfterMeasuring(), every=3)
+    trainer = trainer_of(build("llama"), tmp_path, callback)
+    trainer.train()
+    assert callback.log.stopped == "enough"
+    assert [record.step for record in callback.log.selections] == [0, 3]
+    assert trainer.state.total_flos == callback.log.planned_flops + callback.log.measuring_flops
 
 
 def test_every_is_checked_where_it_is_given() -> None:

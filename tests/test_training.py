@@ -468,3 +468,192 @@ def test_checking_the_estimate_does_not_change_the_run() -> None:
         return [step.loss for step in trainer.log.steps]
 
     assert run(checked=True) == run(checked=False)
+
+
+# --- what must not go wrong silently ----------------------------------------------------------------------------
+
+
+def small_trainer(
+    optimizer: Any = None, frozen: tuple[int, ...] = (), **options: Any
+) -> tuple[gtflops.GreenTrainer, list[torch.Tensor]]:
+    """A perceptron, which profiles in no time; modules 0 and 2 are its layers."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    for position in frozen:
+        model[position].requires_grad_(False)
+    batches = [torch.randn(16, 4) for _ in range(6)]
+    made = torch.optim.AdamW(model.parameters(), lr=1e-3) if optimizer is None else optimizer(model)
+    settings: dict[str, Any] = {"budget": 0.8, "every": 2, "loss": lambda outputs, _: outputs.square().mean()}
+    return gtflops.GreenTrainer(model, made, batches[0], **{**settings, **options}), batches
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["nothing"], "has no tensor 'nothing'; nearest"),
+        ([], "choose gave 0 tensors and the loss depends on none of them"),
+        (["0.weight", "2.weight"], "choose gave 1 tensors that were frozen .* built, first '0.weight'"),
+    ],
+)
+def test_a_choice_that_cannot_be_trained_freezes_nothing(names: list[str], message: str) -> None:
+    trainer, batches = small_trainer(frozen=(0,), choose=lambda profile, step: names)
+    before = [tensor.requires_grad for tensor in trainer.model.parameters()]
+    with pytest.raises(gtflops.InputError, match=message):
+        trainer.fit(batches)
+    assert before == [tensor.requires_grad for tensor in trainer.model.parameters()]
+    assert not trainer.log.selections
+
+
+def test_an_optimizer_that_lacks_tensors_is_refused_without_a_budget_too() -> None:
+    with pytest.raises(gtflops.InputError, match=r"the optimizer does not hold 2 of 4 tensors, first '2\.weight'"):
+        small_trainer(lambda model: torch.optim.AdamW(model[0].parameters()), budget=None)
+
+
+def test_an_optimizer_that_finds_its_own_rate() -> None:
+    adafactor = pytest.importorskip("transformers").Adafactor
+    trainer, batches = small_trainer(lambda model: adafactor(model.parameters()))
+    assert [step.learning_rate for step in trainer.fit(batches[:2]).steps] == [None, None]
+
+
+def test_a_schedule_that_needs_a_metric_is_refused_before_the_first_step() -> None:
+    trainer, batches = small_trainer()
+    trainer.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.optimizer)  # type: ignore[assignment]
+    with pytest.raises(gtflops.InputError, match=r"ReduceLROnPlateau cannot be stepped .*'metrics'"):
+        trainer.fit(batches)
+    assert not trainer.log.steps
+
+
+def test_a_budget_that_ends_while_importance_is_measured() -> None:
+    """It is asked before and after: what it says after counts."""
+    trainer, batches = small_trainer(budget=lambda progress: None if progress.spent_flops else 0.8)
+    log = trainer.fit(batches[:1])
+    assert log.selections[0].budget is None
+    assert log.planned_flops == log.full_flops == log.selections[0].flops
+    assert set(log.selections[0].names) == trainer.candidates
+    assert log.steps[0].predicted_drop is None
+
+
+def test_a_total_in_a_loop_of_ones_own_is_spent_on_steps() -> None:
+    """The estimate is checked in ``fit`` only, so nothing is kept back for it."""
+    trainer, batches = small_trainer(every=100)
+    trainer.step_boundary(batches[0])
+    total = trainer.log.measuring_flops + 6 * trainer.log.planned_flops + 6  # the share is rounded down
+    trainer, batches = small_trainer(every=100, budget=Total(flops=total), num_steps=6)
+    for batch in batches:
+        trainer.step_boundary(batch)
+        trainer.model(batch).square().mean().backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=False)
+    assert trainer.log.planned_flops + trainer.log.measuring_flops == total - 6
+
+
+def test_a_selection_that_failed_is_made_up_for() -> None:
+    trainer, batches = small_trainer(every="epoch")
+    trainer.fit(batches)
+    with pytest.raises(gtflops.InputError, match="the loss is nan"):
+        trainer.step_boundary(batches[0] * float("nan"), epoch=1)
+    trainer.step_boundary(batches[0], epoch=1)
+    trainer.step_boundary(batches[1], epoch=1)
+    assert [record.step for record in trainer.log.selections] == [0, 6]
+
+
+def test_a_second_fit_starts_an_epoch() -> None:
+    trainer, batches = small_trainer(every="epoch")
+    trainer.fit(batches)
+    assert [record.step for record in trainer.fit(batches).selections] == [0, 6]
+
+
+def test_a_step_that_cannot_be_clipped_is_none() -> None:
+    trainer, batches = small_trainer(max_grad_norm="much")
+    with pytest.raises((TypeError, ValueError)):
+        trainer.fit(batches)
+    assert not trainer.log.steps
+    assert all(tensor.grad is None for tensor in trainer.model.parameters())
+
+
+def test_zeroed_gradients_move_nothing_that_is_frozen() -> None:
+    """With momentum and weight decay, a gradient of 0 would."""
+    trainer, batches = small_trainer(every=1)
+    for batch in batches:
+        trainer.step_boundary(batch)
+        before = copy.deepcopy(dict(trainer.model.named_parameters()))
+        trainer.model(batch).square().mean().backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=False)
+        for name, tensor in trainer.model.named_parameters():
+            assert torch.equal(tensor, before[name]) == (not tensor.requires_grad), name
+
+
+# --- folders and resumes ------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_takes_no_folder_of_another(tmp_path: Path) -> None:
+    """Its checkpoints would be removed as older than those that are there, and a resume would take the other run's."""
+    trainer, batches = small_trainer()
+    trainer.fit(batches, checkpoints=tmp_path)
+    trainer.fit(batches, checkpoints=tmp_path)  # goes on
+    trainer, batches = small_trainer()
+    with pytest.raises(gtflops.InputError, match="holds step-000000012, a checkpoint of another run"):
+        trainer.fit(batches, checkpoints=tmp_path)
+    assert not trainer.log.steps
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    trainer, batches = small_trainer()
+    with pytest.raises(gtflops.SavedFileError, match="cannot write the checkpoints into"):
+        trainer.fit(batches, checkpoints=tmp_path / "file" / "folder")
+    assert not trainer.log.steps
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({"frozen": (0,)}, {}, "trained 2 tensors that were frozen when this trainer was built, first '0.bias'"),
+        ({}, {"accumulate": 2}, "is of a run with accumulate=1, expected the same, not 2"),
+        ({"scheduled": True}, {}, "is of a run without a scheduler, expected the same"),
+    ],
+)
+def test_a_resume_that_does_not_fit_changes_nothing(
+    options: dict[str, Any], arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    trainer, batches = small_trainer(budget=None)
+    trainer.fit(batches[:3], checkpoints=tmp_path)
+    scheduled = "scheduled" in options
+    trainer, batches = small_trainer(budget=None, frozen=options.get("frozen", ()))
+    if scheduled:
+        trainer.scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1)
+    before = copy.deepcopy(trainer.model.state_dict())
+    required = [tensor.requires_grad for tensor in trainer.model.parameters()]
+    with pytest.raises(gtflops.InputError, match=message):
+        trainer.fit(batches, checkpoints=tmp_path, resume=True, **arguments)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert required == [tensor.requires_grad for tensor in trainer.model.parameters()]
+
+
+def test_the_second_of_two_fits_is_resumed_with_its_number_of_steps(tmp_path: Path) -> None:
+    """A total is spread over all of them."""
+
+    def stop(record: Any) -> None:
+        if record.step == 8:
+            raise RuntimeError("stopped")
+
+    def run(folder: Path, *, stopped: bool) -> gtflops.GreenTrainer:
+        trainer, batches = small_trainer(budget=Total(flops=60_000))
+        trainer.fit(batches)
+        options: dict[str, Any] = {"checkpoints": folder, "checkpoint_every": 1}
+        if not stopped:
+            trainer.fit(batches, **options)
+            return trainer
+        with pytest.raises(RuntimeError, match="stopped"):
+            trainer.fit(batches, on_step=stop, **options)
+        trainer, _ = small_trainer(budget=Total(flops=60_000))
+        trainer.fit(batches, resume=True, **options)
+        return trainer
+
+    whole, resumed = run(tmp_path / "whole", stopped=False), run(tmp_path / "stopped", stopped=True)
+    assert resumed.num_steps == whole.num_steps == 12
+    assert [record.budget for record in resumed.log.selections] == [record.budget for record in whole.log.selections]
+    assert len({record.budget for record in whole.log.selections}) > 1
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

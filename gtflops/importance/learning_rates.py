@@ -23,7 +23,7 @@ def coming_rates(optimizer: torch.optim.Optimizer, scheduler: Any = None) -> lis
     a scheduler the ``initial_lr`` that one left in the groups stands in. A group without a rate (transformers'
     Adafactor can do without) has ``None``. InputError where every rate stays at 0.
     """
-    rates = _rates(optimizer)
+    rates = rates_of(optimizer)
     if any(rate != 0 for rate in rates):
         return rates
     if scheduler is None:
@@ -40,7 +40,7 @@ def coming_rates(optimizer: torch.optim.Optimizer, scheduler: Any = None) -> lis
                 scheduler.step()
             except Exception:  # a schedule that ends (OneCycleLR), or one that needs a metric to make a step
                 break
-            rates = _rates(optimizer)
+            rates = rates_of(optimizer)
             if any(rate != 0 for rate in rates):
                 return rates
     raise InputError(
@@ -49,7 +49,8 @@ def coming_rates(optimizer: torch.optim.Optimizer, scheduler: Any = None) -> lis
     )
 
 
-def _rates(optimizer: torch.optim.Optimizer) -> list[float | None]:
+def rates_of(optimizer: torch.optim.Optimizer) -> list[float | None]:
+    """The learning rate of each parameter group now; ``None`` for a group without one."""
     return [None if (rate := group.get("lr")) is None else float(rate) for group in optimizer.param_groups]
 
 

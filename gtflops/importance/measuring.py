@@ -80,7 +80,7 @@ def measure_importance(
         raise InputError(f"update is {update!r}, expected 'first' or 'next'")
     optimizer = unwrapped(optimizer)
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
-    _require_fit(model, parameters, optimizer)
+    _require_fit(model, optimizer)
     settings = settings_by_tensor(optimizer, coming_rates(optimizer, scheduler))
     held = {name: tensor for name, tensor in parameters.items() if tensor in settings}
     hooked = [name for name, tensor in held.items() if tensor._post_accumulate_grad_hooks]
@@ -123,9 +123,19 @@ def settings_by_tensor(
     }
 
 
-def _require_fit(
-    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> None:
+def require_held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """InputError where a tensor that requires gradients is none of the optimizer's."""
+    held = {tensor for group in optimizer.param_groups for tensor in group["params"]}
+    parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
+    missing = [name for name, tensor in parameters.items() if tensor.requires_grad and tensor not in held]
+    if missing:
+        raise InputError(
+            f"the optimizer does not hold {len(missing)} of {len(parameters)} tensors, first {missing[0]!r}; "
+            "expected one built on model.parameters() while all of them are trainable"
+        )
+
+
+def _require_fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     held = {tensor for group in optimizer.param_groups for tensor in group["params"]}
     foreign = len(held - set(model.parameters()))
     if foreign:
@@ -133,12 +143,7 @@ def _require_fit(
             f"the optimizer holds {foreign} tensors that are not the model's, which measuring would move; expected one "
             "built on model.parameters()"
         )
-    missing = [name for name, tensor in parameters.items() if tensor.requires_grad and tensor not in held]
-    if missing:
-        raise InputError(
-            f"the optimizer does not hold {len(missing)} of {len(parameters)} tensors, first {missing[0]!r}; "
-            "expected one built on model.parameters() while all of them are trainable"
-        )
+    require_held(model, optimizer)
 
 
 def forward(model: torch.nn.Module, batch: Any, loss: Loss | None, *, trained: bool = True) -> torch.Tensor:

@@ -179,10 +179,13 @@ class _Run:
         if self.green is None:
             self.green = self._started()
         measured = self.green.log.measuring_flops
-        record = self.green.step_boundary(*self._batches, epoch=self._epoch or 0)
+        try:
+            record = self.green.step_boundary(*self._batches, epoch=self._epoch or 0)
+        finally:
+            self._unreported += self.green.log.measuring_flops - measured
         self._planned += record.planned_flops
         self._full += record.full_flops
-        self._unreported += record.planned_flops + self.green.log.measuring_flops - measured
+        self._unreported += record.planned_flops
 
     def _started(self) -> GreenTrainer:
         optimizer = self._trainer.optimizer
@@ -218,6 +221,7 @@ class _Run:
         except BudgetSpentError as reason:
             self.green.log.stopped = str(reason)
             self._trainer.control.should_training_stop = True
+            self._trainer.current_flos += self._floating_point_ops(None)  # what was measured for it
             return [], num_items  # no step is made of them
         self._is_begun = True
         return batches, num_items

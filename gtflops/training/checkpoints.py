@@ -5,7 +5,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from gtflops.errors import InputError, SavedFileError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: Complete checkpoints that stay: the last, and the one before it.
 KEPT = 2
 
@@ -46,7 +46,7 @@ def write(
     The files are written into a folder of another name, brought to the disk, and renamed: a process that is killed, or
     a disk that is full, leaves the checkpoints that were there. SavedFileError where the disk does not take it.
     """
-    final = folder / f"step-{step:09d}"
+    final = folder / _name(step)
     unfinished = folder / f"{_UNFINISHED}{final.name}-{os.getpid()}"
     try:
         unfinished.mkdir(parents=True)
@@ -80,11 +80,30 @@ def write(
     return final
 
 
-def read_last(folder: Path, model: torch.nn.Module) -> Checkpoint:
+def require_room(folder: Path, step: int) -> None:
+    """For a run that has made ``step`` steps: SavedFileError where there is no such folder and none can be made, and
+    InputError where it holds checkpoints of later steps, beside which those of the run would not stay."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SavedFileError(f"cannot write the checkpoints into {folder}: {error}; choose another folder") from error
+    later = [path.name for path in _complete(folder) if path.name > _name(step)]
+    if later:
+        raise InputError(
+            f"{folder} holds {later[-1]}, a checkpoint of another run; expected resume=True to go on with it, or "
+            "another folder"
+        )
+
+
+def read_last(
+    folder: Path,
+    model: torch.nn.Module,
+    require: Callable[[Path, Mapping[str, Any], Mapping[str, Any]], None] | None = None,
+) -> Checkpoint:
     """Read the last checkpoint of ``folder`` and load its weights into ``model``.
 
-    InputError where there is none, or it is of another model; SavedFileError where it is damaged. The model is then as
-    it was.
+    InputError where there is none, or it is of another model; SavedFileError where it is damaged; whatever
+    ``require(path, states, progress)`` raises. The model is then as it was.
     """
     complete = _complete(folder)
     if not complete:
@@ -117,6 +136,8 @@ def read_last(folder: Path, model: torch.nn.Module) -> Checkpoint:
             f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
         )
     states = torch.load(path / _STATES, weights_only=True, map_location="cpu")
+    if require is not None:
+        require(path, states, content["progress"])
     safetensors.torch.load_model(model, str(path / _WEIGHTS))
     return Checkpoint(path, states, content["progress"])
 
@@ -141,6 +162,10 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def _complete(folder: Path) -> list[Path]:

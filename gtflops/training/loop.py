@@ -1,5 +1,6 @@
 """Train under a budget of FLOPs: select, train, select again."""
 
+import inspect
 import math
 import signal
 import threading
@@ -19,7 +20,8 @@ from gtflops.capture import ExecutedFlops, Loss, call_model, loss_of
 from gtflops.capture.batches import describe_batch
 from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError
 from gtflops.importance import ImportanceCheck, expected_drop, measure_importance
-from gtflops.importance.measuring import restored
+from gtflops.importance.learning_rates import rates_of
+from gtflops.importance.measuring import require_held, restored
 from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
 from gtflops.profiling import Profile, profile
 from gtflops.selection import Selection, selection_of
@@ -184,6 +186,7 @@ class GreenTrainer:
         self.candidates = frozenset(name for name, tensor in model.named_parameters() if tensor.requires_grad)
         if not self.candidates:
             raise InputError("every tensor of the model is frozen, so there is nothing to select from; thaw some first")
+        require_held(model, optimizer)
         self.selection: Selection | None = None
         self.epoch = 0
         self.log = TrainingLog()
@@ -192,7 +195,8 @@ class GreenTrainer:
         self._chosen: frozenset[str] | None = None
         self._trained: frozenset[str] | None = None
         self._share: float | None = None
-        self._to_check = False
+        self._starts_epoch = False
+        self._fitting = self._to_check = False
         self._allowed, self._spent = self._before_step = 0, 0
         self._seconds_before = 0.0
         self._started: float | None = None
@@ -204,18 +208,20 @@ class GreenTrainer:
         accumulated) of that step.
 
         Selects anew where that is due, on ``measure_on`` or else on the batches of the step; lets exactly the tensors
-        to train require gradients; and writes down what the step will cost. InputError where gradients of an unfinished
-        step are there: tensors that are frozen with a gradient would be moved. BudgetSpentError where the budget of a
-        whole run does not pay for the step.
+        to train require gradients; and writes down what the step will cost. ``epoch`` counts the passes over the data:
+        with ``every="epoch"``, or a budget for each epoch, a new number is what makes a selection due. InputError where
+        what is trained changes and gradients of an unfinished step are there: tensors that are frozen with a gradient
+        would be moved. BudgetSpentError where the budget of a whole run does not pay for the step.
         """
         if not batches:
             raise InputError("step_boundary() got no batch, expected those of the coming optimizer step")
         with self.processes.together():
             self.processes.require_same("the number of batches of a step", str(len(batches)))
             self._require_untouched()
-            starts_epoch, self.epoch = epoch != self.epoch, epoch
-            if self._chosen is None or self._is_due(len(self.log.steps), starts_epoch):
+            self._starts_epoch, self.epoch = self._starts_epoch or epoch != self.epoch, epoch
+            if self._chosen is None or self._is_due(len(self.log.steps), self._starts_epoch):
                 self.select(*(batches if measure_on is None else measure_on))
+            self._to_check = self._to_check and self._fitting
             costs = [self._prices.of(batch) for batch in batches]
             allowed, names, planned = self._within_budget(costs)
             checking = self._sum(cost.forward_flops for cost in costs) if self._to_check else 0
@@ -226,8 +232,9 @@ class GreenTrainer:
                 epoch=epoch,
                 planned_flops=planned,
                 full_flops=self._total(costs, "all"),
-                learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+                learning_rate=rates_of(self.optimizer)[0],
             )
+        self._starts_epoch = False  # until here, so that a selection that failed is made up for
         self._before_step = self._allowed, self._spent
         self._allowed, self._spent = allowed, self._spent + planned
         self.log.steps.append(record)
@@ -243,31 +250,49 @@ class GreenTrainer:
         started = time.perf_counter()
         costs = self._prices.of(self.processes.first_batch(batches[0]))
         progress = self._progress([costs])
-        self._share = self.processes.first("the budget", lambda: self.budget.share(progress))
+        share = self.processes.first("the budget", lambda: self.budget.share(progress))
+        selection = None
         if self.choose is not None:
-            self.selection, chosen = None, frozenset(self.choose(costs, len(self.log.steps)))
-        elif self._share is None:
-            self.selection, chosen = None, self.candidates
+            chosen = self._require_trainable(costs, self.choose(costs, len(self.log.steps)))
         else:
-            self.selection = self._by_importance(batches, costs)
-            chosen = frozenset(self.selection.names)
+            if share is not None:
+                selection, share = self._by_importance(batches, costs)
+            chosen = self.candidates if selection is None else frozenset(selection.names)
         self.processes.require_same("the selection", " ".join(sorted(chosen)))
-        self._chosen = chosen
         self._train_only(chosen)
+        self._chosen, self.selection, self._share = chosen, selection, share
+        self._to_check = selection is not None
         record = SelectionRecord(
             step=len(self.log.steps),
             epoch=self.epoch,
             names=tuple(name for name in costs.names if name in chosen),
             flops=costs.step_flops(chosen).total,
             full_flops=costs.full_flops,
-            budget=self._share,
+            budget=share,
             seconds=time.perf_counter() - started,
-            selection=self.selection,
+            selection=selection,
         )
         self.log.selections.append(record)
         return record
 
-    def _by_importance(self, batches: tuple[Any, ...], costs: Profile) -> Selection:
+    def _require_trainable(self, costs: Profile, names: Iterable[str]) -> frozenset[str]:
+        """What ``choose`` gave; InputError where a step could not train that."""
+        chosen = frozenset([names] if isinstance(names, str) else names)
+        mask = costs.mask(chosen)
+        if foreign := sorted(chosen - self.candidates):
+            raise InputError(
+                f"choose gave {len(foreign)} tensors that were frozen when the trainer was built, first {foreign[0]!r}"
+                "; expected names of candidates"
+            )
+        if not any(tensor.has_gradient for tensor, is_chosen in zip(costs.tensors, mask, strict=True) if is_chosen):
+            raise InputError(
+                f"choose gave {len(chosen)} tensors and the loss depends on none of them, so nothing would be trained; "
+                "expected at least one that it depends on"
+            )
+        return chosen
+
+    def _by_importance(self, batches: tuple[Any, ...], costs: Profile) -> tuple[Selection | None, float | None]:
+        """A selection and its share; no selection where the budget is ``None`` by then."""
         held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
         measured = [
             name for name, tensor in self.model.named_parameters() if tensor in held and tensor.is_floating_point()
@@ -289,10 +314,11 @@ class GreenTrainer:
         checking = self._sum(self._prices.of(batch).forward_flops for batch in batches)  # after each selection
         left = self._selections_left()
         progress = self._progress([costs], smallest_share, left * flops + (left + 1) * checking)
-        self._share = self.processes.first("the budget", lambda: self.budget.share(progress))
-        limit = limit_of(costs, budget=self._share)
-        self._to_check = True
-        return selection_of(problem, limit, problem.solve(limit))
+        share = self.processes.first("the budget", lambda: self.budget.share(progress))
+        if share is None:
+            return None, None
+        limit = limit_of(costs, budget=share)
+        return selection_of(problem, limit, problem.solve(limit)), share
 
     def _require_left(self, progress: Progress, flops: int) -> None:
         """BudgetSpentError where the budget of the run does not pay for ``flops``."""
@@ -367,14 +393,21 @@ class GreenTrainer:
         folder = None if checkpoints is None else Path(checkpoints)
         run = _Run(self, batches, epochs, num_steps, accumulate, measure_on, folder)
         if run.num_steps is not None:
-            self.num_steps = len(self.log.steps) + run.num_steps
+            self.num_steps = run.num_steps
         self.num_epochs = epochs
         self.budget.check(self.num_steps, epochs)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            _require_steps_alone(self.scheduler)
         if resume:
             run.resume()
+        else:
+            run.require_room()
+            self._starts_epoch = True
         self.log.stopped, self.interrupted = None, False
         with ExitStack() as stack:
+            self._fitting = True
+            stack.callback(setattr, self, "_fitting", False)
             interrupted = stack.enter_context(_interruption())
             stack.enter_context(self.processes.together())
             watchers = watchers if self.processes.rank == 0 else ()
@@ -421,20 +454,21 @@ class GreenTrainer:
         try:
             with ExecutedFlops() if self.count_executed else nullcontext() as executed:
                 loss = sum(self._backward(batch, left, len(batches)) for left, batch in _counted_down(batches))
+            executed_flops = None if executed is None else self._sum([self.executed_flops(executed)])
+            scale = 1.0
+            if self.max_grad_norm is not None:
+                norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                scale = min(1.0, self.max_grad_norm / (self.processes.whole(norm).item() + 1e-6))  # as it was clipped
+            predicted = None
+            if draws is not None:
+                drop = expected_drop(self.model, self.optimizer, scale=scale)
+                predicted = self.processes.drop("the predicted drop", drop)
         except BaseException:
             self.log.steps.pop()
             self._allowed, self._spent = self._before_step
             self.optimizer.zero_grad(set_to_none=True)
             self.processes.rewrap()  # a pass that was not finished would be waited for
             raise
-        scale = 1.0
-        if self.max_grad_norm is not None:
-            norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            scale = min(1.0, self.max_grad_norm / (self.processes.whole(norm).item() + 1e-6))  # as it was clipped
-        predicted = None
-        if draws is not None:
-            drop = expected_drop(self.model, self.optimizer, scale=scale)
-            predicted = self.processes.drop("the predicted drop", drop)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         check = None
@@ -447,7 +481,7 @@ class GreenTrainer:
         record = replace(
             record,
             loss=loss,
-            executed_flops=None if executed is None else self._sum([self.executed_flops(executed)]),
+            executed_flops=executed_flops,
             seconds=time.perf_counter() - started,
             predicted_drop=None if check is None else check.predicted,
             real_drop=None if check is None else check.real,
@@ -593,6 +627,7 @@ class GreenTrainer:
         """Where the trainer stands, its log included, as plain data; without the model's and the optimizer's."""
         return {
             "epoch": self.epoch,
+            "starts_epoch": self._starts_epoch,
             "chosen": None if self._chosen is None else sorted(self._chosen),
             "trained": None if self._trained is None else sorted(self._trained),
             "allowed": self._allowed,
@@ -605,9 +640,10 @@ class GreenTrainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state of :meth:`state_dict`, for a trainer that was built alike, and freeze as it says."""
+        self._require_candidates_of(state)
         log = TrainingLog.from_json(state["log"], self.profile)
         self.log = log
-        self.epoch = state["epoch"]
+        self.epoch, self._starts_epoch = state["epoch"], state["starts_epoch"]
         self.selection = log.selections[-1].selection if log.selections else None
         self._chosen = None if state["chosen"] is None else frozenset(state["chosen"])
         self._allowed, self._spent = state["allowed"], state["spent"]
@@ -616,6 +652,14 @@ class GreenTrainer:
             self.energy.continue_from(Energy(**state["energy"]))
         if state["trained"] is not None:
             self._train_only(frozenset(state["trained"]))
+
+    def _require_candidates_of(self, state: Mapping[str, Any]) -> None:
+        foreign = sorted({*(state["chosen"] or ()), *(state["trained"] or ())} - self.candidates)
+        if foreign:
+            raise InputError(
+                f"the run to go on with trained {len(foreign)} tensors that were frozen when this trainer was built, "
+                f"first {foreign[0]!r}; expected what was frozen then to be frozen now, and no more"
+            )
 
 
 class _Run:
@@ -643,11 +687,11 @@ class _Run:
         self._batches = batches
         self._epochs = epochs
         self._most_steps = num_steps
-        self._end = None if num_steps is None else len(trainer.log.steps) + num_steps
         self._accumulate = accumulate
         self._ahead = max(accumulate, measure_on)
         self._measure_on = measure_on
         self._folder = folder
+        self._first_step = len(trainer.log.steps)
         self._epoch = 0
         self.steps_in_epoch = 0
         self._at_start_of_epoch: Mapping[str, Any] | None = None
@@ -655,11 +699,13 @@ class _Run:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the whole run; ``None`` for batches without a length, and no number given."""
-        if not isinstance(self._batches, Sized):
-            return self._most_steps
-        steps = len(self._batches) // self._accumulate * self._epochs
-        return steps if self._most_steps is None else min(steps, self._most_steps)
+        """Steps until the end of the run, those of runs before it included; ``None`` for batches without a length, and
+        no number given."""
+        steps = self._most_steps
+        if isinstance(self._batches, Sized):
+            in_all = len(self._batches) // self._accumulate * self._epochs
+            steps = in_all if steps is None else min(steps, in_all)
+        return None if steps is None else self._first_step + steps
 
     def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...], list[Any]]]:
         """Epoch, batches of a step, and batches to measure importance on if that is due."""
@@ -677,7 +723,8 @@ class _Run:
                 self._after_skipping = None
             ahead: deque[Any] = deque(islice(stream, self._ahead))
             while self._trainer.processes.all("another step", len(ahead) >= self._accumulate):
-                if self._end is not None and len(self._trainer.log.steps) >= self._end:
+                made = len(self._trainer.log.steps) - self._first_step
+                if self._most_steps is not None and made >= self._most_steps:
                     return
                 step = tuple(islice(ahead, self._accumulate))
                 yield epoch, step, list(islice(ahead, self._measure_on))
@@ -702,30 +749,46 @@ class _Run:
                 "trainer": trainer.state_dict(),
                 "epoch": self._epoch,
                 "steps_in_epoch": self.steps_in_epoch,
+                "first_step": self._first_step,
                 "accumulate": self._accumulate,
                 "processes": processes.count,
             }
             steps, folder = len(trainer.log.steps), self._folder
             processes.first("the checkpoint", lambda: checkpoints.write(folder, steps, whole_model, states, progress))
 
+    def _require_own(self, path: Path, states: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+        """InputError for a checkpoint of a run that was built in another way."""
+        trainer = self._trainer
+        for name, here in (("accumulate", self._accumulate), ("processes", trainer.processes.count)):
+            if progress[name] != here:
+                raise InputError(f"{path} is of a run with {name}={progress[name]}, expected the same, not {here}")
+        if (trainer.scheduler is None) != (states["scheduler"] is None):
+            raise InputError(
+                f"{path} is of a run with{'out' if states['scheduler'] is None else ''} a scheduler, expected the same"
+            )
+        trainer._require_candidates_of(progress["trainer"])
+
+    def require_room(self) -> None:
+        """For a run that is not resumed: InputError for a folder of another one, SavedFileError where there is none."""
+        if self._folder is not None:
+            steps, folder = self._first_step, self._folder
+            self._trainer.processes.first("the checkpoints", lambda: checkpoints.require_room(folder, steps))
+
     def resume(self) -> None:
         assert self._folder is not None
         trainer, processes = self._trainer, self._trainer.processes
         with processes.together():
             whole_model = processes.whole_model()
-            checkpoint = checkpoints.read_last(self._folder, whole_model)
+            checkpoint = checkpoints.read_last(self._folder, whole_model, self._require_own)
             states, progress = checkpoint.states, checkpoint.progress
-            for name, here in (("accumulate", self._accumulate), ("processes", processes.count)):
-                if progress[name] != here:
-                    raise InputError(
-                        f"{checkpoint.path} is of a run with {name}={progress[name]}, expected the same, not {here}"
-                    )
             processes.require_same("the checkpoint to resume from", str(checkpoint.path))
             processes.take_weights(whole_model)
             trainer.load_state_dict(progress["trainer"])
             trainer.optimizer.load_state_dict(processes.sharded_state(trainer.optimizer, states["optimizer"]))
-        if trainer.scheduler is not None and states["scheduler"] is not None:
+        if trainer.scheduler is not None:
             trainer.scheduler.load_state_dict(states["scheduler"])
+        self._first_step = progress["first_step"]
+        trainer.num_steps = trainer.num_steps if self.num_steps is None else self.num_steps
         self._epoch, self.steps_in_epoch = progress["epoch"], progress["steps_in_epoch"]
         random, self._at_start_of_epoch = (
             states[name][processes.rank] for name in ("random", "random_at_start_of_epoch")
@@ -735,6 +798,16 @@ class _Run:
         else:  # a loader shuffles again as it did
             checkpoints.restore_random_states(self._at_start_of_epoch)
             self._after_skipping = random
+
+
+def _require_steps_alone(scheduler: Scheduler) -> None:
+    try:
+        inspect.signature(scheduler.step).bind()
+    except TypeError as error:
+        raise InputError(
+            f"{type(scheduler).__name__} cannot be stepped after each optimizer step ({error}); expected a schedule "
+            "that goes by steps, or one that is stepped by you: leave scheduler= out, and call it in on_step"
+        ) from None
 
 
 def _counted_down(batches: tuple[Any, ...]) -> Iterator[tuple[int, Any]]:

@@ -69,6 +69,7 @@ class StepRecord:
 
     ``full_flops`` is what the same batches cost with every tensor trained. ``loss``, ``executed_flops`` and
     ``seconds`` are ``None`` where they were not observed: in a loop of the user's own, or without ``count_executed``.
+    ``learning_rate`` is that of the first parameter group, ``None`` for an optimizer that finds its own.
     The first step after a selection has what the loss was to fall by, to first order, and what it fell by.
     """
 
@@ -76,7 +77,7 @@ class StepRecord:
     epoch: int
     planned_flops: int
     full_flops: int
-    learning_rate: float
+    learning_rate: float | None
     loss: float | None = None
     executed_flops: int | None = None
     seconds: float | None = None
