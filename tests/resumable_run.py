@@ -89,11 +89,11 @@ def main() -> None:
         heard, stepped = os.pipe()
         child = os.fork()
         if child == 0:
-            run(arguments.folder, arguments.slow, resume=any(arguments.folder.glob("step-*")), stepped=stepped)
+            run(arguments.folder, 0.01, resume=any(arguments.folder.glob("step-*")), stepped=stepped)
             os._exit(0)
         os.close(stepped)
         os.read(heard, 1)
-        time.sleep(draw.uniform(0, 0.05))
+        time.sleep(draw.uniform(0, 0.03))  # four steps at most, so that no run comes to its end
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         os.close(heard)

@@ -311,7 +311,8 @@ class GreenTrainer:
         problem = Problem.of(costs, importance, **self._conditions)
         # Asked again: what measuring took tells a budget of hours what a FLOP takes here.
         smallest_share = share_of(problem.smallest, problem.full)
-        checking = self._sum(self._prices.of(batch).forward_flops for batch in batches)  # after each selection
+        # The estimate is checked after each selection, by the loop of `fit`.
+        checking = self._sum(self._prices.of(batch).forward_flops for batch in batches) if self._fitting else 0
         left = self._selections_left()
         progress = self._progress([costs], smallest_share, left * flops + (left + 1) * checking)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
