@@ -23,7 +23,7 @@ from gtflops.recipes.memory import PeakMemory
 from gtflops.recipes.models import SMOLLM2, load_pretrained
 from gtflops.recipes.schemes import scheme
 
-ROUNDS = 5
+ROUNDS = 3
 BATCH_SIZE, SEQ_LEN, LONGEST = 4, 128, 192
 STEPS = 500
 BUDGETS = {"budget 0.4": 0.4, "budget 0.5": 0.5, "budget 0.7": 0.7}
@@ -219,7 +219,7 @@ def test_step_boundaries(benchmark: Any, smol: Smol, lengths: str) -> None:
         for batch in epoch:
             trainer.step_boundary(batch)
 
-    benchmark.pedantic(boundaries, setup=setup, rounds=3)
+    benchmark.pedantic(boundaries, setup=setup, rounds=1)
     smol.model.requires_grad_(True)
 
 
