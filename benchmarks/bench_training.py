@@ -18,6 +18,7 @@ import torch
 
 import gtflops
 from gtflops.importance import expected_drop
+from gtflops.problem import Problem
 from gtflops.recipes.datasets import load
 from gtflops.recipes.memory import PeakMemory
 from gtflops.recipes.models import SMOLLM2, load_pretrained
@@ -124,7 +125,10 @@ def measure_share(benchmark: Any, smol: Smol, name: str, flops: int, one: Any) -
 def test_step_of_a_selection(benchmark: Any, smol: Smol, name: str) -> None:
     names = smol.profile.names
     if name in BUDGETS:
-        names = gtflops.select(smol.profile, smol.importance, BUDGETS[name]).names
+        limit = int(BUDGETS[name] * smol.profile.full_flops)
+        least = Problem.of(smol.profile, smol.importance).smallest
+        names = gtflops.select(smol.profile, smol.importance, budget_flops=max(limit, least)).names
+        name += " (infeasible: the least that is feasible)" if limit < least else ""
     measure_share(benchmark, smol, name, smol.profile.step_flops(names).total, lambda: smol.step(names))
 
 
