@@ -30,6 +30,7 @@ class Prices:
         self._loss = loss
         self._known: dict[Hashable, Profile] = {}
         self._bases: dict[Hashable, Profile] = {}
+        self._traced_ahead: dict[tuple[Hashable, str], int] = {}
         self._has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
     def add(self, known: Profile, batch: Any = None) -> None:
@@ -58,20 +59,22 @@ class Prices:
     def _at_sizes_of(self, batch: Any) -> Profile | None:
         """From the profile of a batch that differs by its sizes; ``None`` where there is none."""
         layout = self._layout(batch)
-        base = None if layout is None else self._bases.get(self._kind(batch, layout))
-        if layout is None or base is None:
+        if layout is None or (base := self._bases.get(kind := self._kind(batch, layout))) is None:
             return None
         sizes = dict(layout.sizes.items())
         with suppress(InputError):  # sizes that cannot be told apart: the batch itself is traced
-            self._trace_ahead(base, layout)
+            self._trace_ahead(kind, base, layout)
             return base.at(**sizes)
         return None
 
-    def _trace_ahead(self, base: Profile, layout: Layout) -> None:
+    def _trace_ahead(self, kind: Hashable, base: Profile, layout: Layout) -> None:
+        """Once for batches of a kind, and again where one is longer than all before."""
         positions = getattr(getattr(self._model, "config", None), "max_position_embeddings", None) or LONGEST_AHEAD
         for name, size in layout.sizes.items():
-            if name != "batch_size" and size > 1:
-                for extreme in (2, max(size, min(positions, LONGEST_AHEAD))):
+            if name != "batch_size" and size > self._traced_ahead.get((kind, name), 1):
+                longest = max(size, min(positions, LONGEST_AHEAD))
+                self._traced_ahead[kind, name] = longest
+                for extreme in (2, longest):
                     with suppress(InputError):  # nobody asked for this length: the model may refuse it
                         base.at(**{name: extreme})
 
