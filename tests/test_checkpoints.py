@@ -55,11 +55,12 @@ def test_ctrl_c_saves_and_ends(tmp_path: Path, uninterrupted: str) -> None:
 
 def test_ctrl_c_without_checkpoints_is_an_exception_between_steps() -> None:
     trainer = resumable_run.trainer()
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(resumable_run.loader(), on_step=lambda _: signal.raise_signal(signal.SIGINT))
     assert trainer.log.stopped == "interrupted after 1 steps"
     assert all(tensor.grad is None for tensor in trainer.model.parameters())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 # --- what goes wrong while writing ------------------------------------------------------------------------------

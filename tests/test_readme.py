@@ -26,7 +26,7 @@ def test_documents_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_there_are_blocks_and_the_two_commands() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     assert "$ make demo" in README
     assert "$ make test" in README
 

@@ -212,7 +212,10 @@ def test_nothing_is_printed_where_there_is_no_terminal() -> None:
 
 def test_the_bar_is_drawn_ten_times_a_second_at_most() -> None:
     out = StringIO()
-    bar = ProgressBar(Console(file=out, width=100, force_terminal=True, color_system=None), refresh_seconds=3600)
+    bar = ProgressBar(
+        Console(file=out, width=100, force_terminal=True, color_system=None, _environ={"TERM": "xterm"}),
+        refresh_seconds=3600,
+    )
     bar.on_start(0, 1000, False)
     for step in range(1000):
         bar.on_step(Step(step, float(step)))
