@@ -223,15 +223,16 @@ class GreenTrainer:
                 self.select(*(batches if measure_on is None else measure_on))
             self._to_check = self._to_check and self._fitting
             costs = [self._prices.of(batch) for batch in batches]
-            allowed, names, planned = self._within_budget(costs)
+            full = self._total(costs, "all")
+            allowed, names, planned = self._within_budget(costs, full)
             checking = self._sum(cost.forward_flops for cost in costs) if self._to_check else 0
-            self._require_left(self._progress(costs), planned + checking)
+            self._require_left(self._progress(full), planned + checking)
             self._train_only(names)
             record = StepRecord(
                 step=len(self.log.steps),
                 epoch=epoch,
                 planned_flops=planned,
-                full_flops=self._total(costs, "all"),
+                full_flops=full,
                 learning_rate=rates_of(self.optimizer)[0],
             )
         self._starts_epoch = False  # until here, so that a selection that failed is made up for
@@ -249,14 +250,15 @@ class GreenTrainer:
         self._require_no_gradients()
         started = time.perf_counter()
         costs = self._prices.of(self.processes.first_batch(batches[0]))
-        progress = self._progress([costs])
+        full = self._total([costs], "all")
+        progress = self._progress(full)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
         selection = None
         if self.choose is not None:
             chosen = self._require_trainable(costs, self.choose(costs, len(self.log.steps)))
         else:
             if share is not None:
-                selection, share = self._by_importance(batches, costs)
+                selection, share = self._by_importance(batches, costs, full)
             chosen = self.candidates if selection is None else frozenset(selection.names)
         self.processes.require_same("the selection", " ".join(sorted(chosen)))
         self._train_only(chosen)
@@ -291,14 +293,17 @@ class GreenTrainer:
             )
         return chosen
 
-    def _by_importance(self, batches: tuple[Any, ...], costs: Profile) -> tuple[Selection | None, float | None]:
-        """A selection and its share; no selection where the budget is ``None`` by then."""
+    def _by_importance(
+        self, batches: tuple[Any, ...], costs: Profile, full: int
+    ) -> tuple[Selection | None, float | None]:
+        """A selection and its share, where a step costs ``full`` FLOPs in full; none where the budget is ``None`` by
+        then."""
         held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
         measured = [
             name for name, tensor in self.model.named_parameters() if tensor in held and tensor.is_floating_point()
         ]
         flops = self._sum(self._prices.of(batch).step_flops(measured).total for batch in batches)
-        self._require_left(self._progress([costs]), flops)
+        self._require_left(self._progress(full), flops)
         with self.processes.measuring():
             of_this_process = self.measure(
                 self.model, batches, self.optimizer, self.processes.agreed(self.loss), scheduler=self.scheduler
@@ -314,7 +319,7 @@ class GreenTrainer:
         # The estimate is checked after each selection, by the loop of `fit`.
         checking = self._sum(self._prices.of(batch).forward_flops for batch in batches) if self._fitting else 0
         left = self._selections_left()
-        progress = self._progress([costs], smallest_share, left * flops + (left + 1) * checking)
+        progress = self._progress(full, smallest_share, left * flops + (left + 1) * checking)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
         if share is None:
             return None, None
@@ -334,12 +339,12 @@ class GreenTrainer:
             self._is_due(step, starts_epoch=False) for step in range(len(self.log.steps) + 1, self.num_steps or 0)
         )
 
-    def _progress(self, costs: Sequence[Profile], smallest_share: float = 0.0, measuring_left: int = 0) -> Progress:
-        """``costs`` are those of the coming step."""
+    def _progress(self, full: int, smallest_share: float = 0.0, measuring_left: int = 0) -> Progress:
+        """``full`` is what the coming step costs in full."""
         now = time.perf_counter()
         if self._started is None:
             self._started = now
-        seen = [*(step.full_flops for step in self.log.steps[-STEPS_SEEN:]), self._total(costs, "all")]
+        seen = [*(step.full_flops for step in self.log.steps[-STEPS_SEEN:]), full]
         return Progress(
             step=len(self.log.steps),
             num_steps=self.num_steps,
@@ -539,24 +544,24 @@ class GreenTrainer:
             return starts_epoch
         return bool(self.every(step)) if callable(self.every) else step % self.every == 0
 
-    def _within_budget(self, costs: list[Profile]) -> tuple[int, frozenset[str], int]:
+    def _within_budget(self, costs: list[Profile], full: int) -> tuple[int, frozenset[str], int]:
         """FLOPs that all steps may cost up to this one, what to train in it to stay within them, and its FLOPs."""
         assert self._chosen is not None
         names, planned = self._chosen, self._total(costs, self._chosen)
         if self._share is None or self.selection is None:
             return self._allowed + planned, names, planned
-        allowed = self._allowed + part_of(self._share, self._total(costs, "all"))
+        allowed = self._allowed + part_of(self._share, full)
         if self._spent + planned > allowed:
-            names, planned = self._smaller(costs, allowed - self._spent)
+            names, planned = self._smaller(costs, full, allowed - self._spent)
         return allowed, names, planned
 
-    def _smaller(self, costs: list[Profile], room: int) -> tuple[frozenset[str], int]:
+    def _smaller(self, costs: list[Profile], full: int, room: int) -> tuple[frozenset[str], int]:
         """The selection for a step of these costs and at most ``room`` FLOPs, or the cheapest where there is none."""
         assert self.selection is not None
         # Of batches of several shapes, the one in which the room is the smallest share of what is trained now.
         tightest = max(costs, key=lambda cost: cost.step_flops(self._chosen or ()).total / cost.full_flops)
         problem = Problem.of(tightest, self.selection.importance, **self._conditions)
-        share = room / self._total(costs, "all")
+        share = room / full
         while (names := self._solved(problem, tightest, int(share * tightest.full_flops))) is not None:
             if (planned := self._total(costs, names)) <= room:
                 return names, planned
