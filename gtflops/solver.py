@@ -75,8 +75,9 @@ def knapsack(
         InputError: an argument is not as above, or ``sum(dw) + sum(dy)`` does not fit int64, or the sum of
             the positive importances float64.
 
-    Costs are not quantised. Importances are compared as 62-bit fixed-point numbers, finer than the rounding
-    of their sum as doubles. O(n log n) to bound every depth; at the depths that the bounds leave open, O(n)
+    Costs are not quantised. Importances are compared as 62-bit fixed-point numbers; the search ends where no
+    selection is worth more by a difference that summing n doubles can tell, n / 2^53 of the value: nothing at all
+    where importances are integers. O(n log n) to bound every depth; at the depths that the bounds leave open, O(n)
     for a greedy selection, and exact dynamic programming over a growing core (D. Pisinger, "A minimal
     algorithm for the 0-1 knapsack problem", Operations Research 45(5), 1997). The problem is that of
     GreenTrainer (arXiv:2309.13192), section 3.
@@ -201,8 +202,8 @@ def _costs(name: str, values: ArrayLike) -> NDArray[np.int64]:
     if array.size == 0:  # an empty list has no dtype of its own
         return np.empty(0, dtype=np.int64)
     if array.dtype.kind in "iu":
-        for index in (int(array.argmin()), int(array.argmax())):
-            _integer(f"{name}[{index}]", array[index], least=0)
+        worst = int(array.argmin() if array.dtype.kind == "i" else array.argmax())
+        _integer(f"{name}[{worst}]", array[worst], least=0)
         return array.astype(np.int64, copy=False)
     if isinstance(values, Sequence) or array.dtype.kind == "O":
         # Of integers that fit no dtype NumPy makes objects or floats; the elements say which is wrong.

@@ -163,6 +163,18 @@ def test_equal_densities_of_six_costs_equal_the_table_of_reachable_sums(seed: in
     assert result.value == result.cost == dw[result.mask].sum() == best
 
 
+@pytest.mark.parametrize("distinct_costs", [6, 100])
+def test_a_capacity_met_to_the_last_unit_ends_a_search_among_equal_densities(distinct_costs: int) -> None:
+    """That the importances are rounded makes no density the higher one; one list alone needs more states than these."""
+    costs = np.random.default_rng(1).integers(1, 10**6, size=100, endpoint=True)
+    dw = costs[np.arange(100) % distinct_costs]
+    capacity = int(dw.sum()) // 2
+    result = knapsack(dw, np.zeros_like(dw), dw / 10**6, capacity, max_states=50_000)
+    assert result.optimal
+    assert result.cost == capacity == dw[result.mask].sum()
+    assert result.value == pytest.approx(capacity / 10**6, rel=1e-13)
+
+
 def test_when_the_states_run_out_the_answer_is_feasible_and_bounded() -> None:
     dw = np.random.default_rng(3).integers(1, 10**11, 60)
     capacity = int(dw.sum()) // 2

@@ -30,8 +30,9 @@ struct Limits {
     /// On trying walks greedily, in steps looked at: an effort of some tens of milliseconds.
     std::size_t max_greedy_work = std::size_t{1} << 24;
 
-    /// How long a list of partial selections is when it is first tried to leave the rest to a second one.
-    std::size_t halve_at = std::size_t{1} << 16;
+    /// How long a list of partial selections is when a second one is first tried; again whenever it is four
+    /// times as long.
+    std::size_t halve_at = std::size_t{1} << 7;
 };
 
 }  // namespace gtflops

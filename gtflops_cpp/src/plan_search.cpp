@@ -71,16 +71,30 @@ std::int64_t floor_divide(Wide numerator, std::int64_t denominator) {
 
 // ---------------------------------------------------------------------------------------------- the instance
 
+/// The greatest common divisor so far and of one more: a division decides most, as few numbers change it.
+std::int64_t common_divisor(std::int64_t so_far, std::int64_t next) {
+    if (so_far == 0) return next;
+    const std::int64_t rest = next % so_far;
+    return rest == 0 ? so_far : std::gcd(so_far, rest);
+}
+
 /// Importances as integers: round(importance * 2^shift) / divisor.
 struct FixedPoint {
     int shift = 0;
     std::int64_t divisor = 1;
     std::int64_t num_rounded = 0;  // each of these may have lost up to one unit of 2^-shift
+    std::int64_t num_used = 0;
 
     /// A double that no sum of importances exceeds whose fixed-point value is at most `bound`.
     double upper(std::int64_t bound) const {
         const double raised = std::ldexp(static_cast<double>(bound * divisor + num_rounded), -shift);
         return std::nextafter(raised, std::numeric_limits<double>::infinity());
+    }
+
+    /// The highest value that sums of doubles cannot tell from `value`: each addition, and each importance
+    /// itself, is rounded to 53 bits. No more than `value` where the importances are small integers.
+    std::int64_t indistinct_from(std::int64_t value) const {
+        return value + static_cast<std::int64_t>(Wide{value} * num_used >> 53);
     }
 };
 
@@ -151,7 +165,8 @@ FixedPoint scale_values(std::span<const double> importance, const std::vector<bo
         const double scaled = std::ldexp(importance[k], fixed.shift);
         values[k] = std::max<std::int64_t>(std::llround(scaled), 1);  // what is positive stays positive
         if (static_cast<double>(values[k]) != scaled) ++fixed.num_rounded;
-        divisor = std::gcd(divisor, values[k]);
+        ++fixed.num_used;
+        divisor = common_divisor(divisor, values[k]);
     }
     fixed.divisor = divisor;
     for (std::int64_t& value : values) value /= divisor;
@@ -247,7 +262,7 @@ Instance prepare(const Plan& plan, std::span<const double> importance, std::int6
 
     // Only multiples of the common divisor can be spent: dropping the rest of a capacity tightens its bounds.
     std::int64_t divisor = 0;
-    for (const Option& option : instance.options) divisor = std::gcd(divisor, option.weight);
+    for (const Option& option : instance.options) divisor = common_divisor(divisor, option.weight);
     instance.divisor = std::max<std::int64_t>(divisor, 1);
     if (divisor > 1) {
         for (Option& option : instance.options) option.weight /= divisor;
@@ -329,9 +344,27 @@ struct Walk {
 };
 
 /// The best choice so far; no options where that is the one known before.
-struct Incumbent {
-    std::int64_t value = 0;
-    std::vector<std::uint32_t> options;
+class Incumbent {
+  public:
+    Incumbent(const FixedPoint& values, std::int64_t known)
+        : values_(values), value_(known), to_beat_(values.indistinct_from(known)) {}
+
+    void raise(std::int64_t value, std::vector<std::uint32_t> options) {
+        value_ = value;
+        to_beat_ = values_.indistinct_from(value);
+        options_ = std::move(options);
+    }
+
+    std::int64_t value() const { return value_; }
+    /// No search is worth while for this much or less.
+    std::int64_t to_beat() const { return to_beat_; }
+    const std::vector<std::uint32_t>& options() const { return options_; }
+
+  private:
+    FixedPoint values_;
+    std::int64_t value_;
+    std::int64_t to_beat_;
+    std::vector<std::uint32_t> options_;
 };
 
 // ------------------------------------------------------------------------------------- one walk's knapsack
@@ -406,7 +439,7 @@ void improve_greedily(const Knapsack& knapsack, Incumbent& incumbent) {
         value += instance.options[to].value - instance.options[from].value;
         from = to;
     }
-    if (value > incumbent.value) incumbent = {value, chosen_of(instance, option_of_group)};
+    if (value > incumbent.value()) incumbent.raise(value, chosen_of(instance, option_of_group));
 }
 
 /// Exact search around the break step. A state is a choice that differs from the break solution within the
@@ -427,9 +460,9 @@ class CoreSearch {
     /// `max_states` ended the search.
     std::int64_t run(const Knapsack& knapsack, Incumbent& incumbent) {
         if (knapsack.break_index == knapsack.ranks.size())
-            return incumbent.value;  // greedily, all were taken
+            return incumbent.value();  // greedily, all were taken
         knapsack_ = &knapsack;
-        best_ = incumbent.value;
+        raise_to(incumbent.value());
         best_node_ = best_other_node_ = kRoot;
         changes_.clear();
         in_core_.assign(instance_.plan.groups.size(), false);
@@ -457,7 +490,7 @@ class CoreSearch {
             move_to_open_steps();
             grow(group);
         }
-        if (best_ > incumbent.value) incumbent = {best_, choice()};
+        if (best_ > incumbent.value()) incumbent.raise(best_, choice());
         return completed ? best_ : frontier_bound();
     }
 
@@ -481,6 +514,11 @@ class CoreSearch {
     /// States that are looked at again and again without new ones to record take time, too.
     static constexpr std::size_t kMergesPerState = 16;
 
+    void raise_to(std::int64_t best) {
+        best_ = best;
+        to_beat_ = instance_.values.indistinct_from(best);
+    }
+
     bool can_add() const { return add_ < knapsack_->ranks.size(); }
     bool can_remove() const { return remove_end_ > 0; }
 
@@ -498,7 +536,7 @@ class CoreSearch {
     /// Whether even the LP relaxation does not beat the incumbent once this differs from the break solution.
     bool settled(const Delta& delta) const {
         const Step& broken = knapsack_->step(knapsack_->break_index);
-        const std::int64_t missing = best_ + 1 - knapsack_->break_value - delta.value;
+        const std::int64_t missing = to_beat_ + 1 - knapsack_->break_value - delta.value;
         const std::int64_t left = knapsack_->capacity - knapsack_->break_weight - delta.weight;
         return Wide{left} * broken.value < Wide{missing} * broken.weight;
     }
@@ -532,53 +570,66 @@ class CoreSearch {
 
     /// Replaces the list of the core by all its states with every option of the group.
     void grow(std::uint32_t group) {
-        extend(states_, group, [this, fill = fill_rate(), relief = relief_rate()](const State& state) {
-            const std::int64_t left = knapsack_->capacity - state.weight;
+        const auto judge = [this, capacity = knapsack_->capacity, fill = fill_rate(),
+                            relief = relief_rate()](const State& state) {
+            const std::int64_t left = capacity - state.weight;
             const bool better = left >= 0 && state.value > best_;
-            if (better) best_ = state.value;
+            if (better) raise_to(state.value);
             const Step& rate = left >= 0 ? fill : relief;
-            return Verdict{Wide{left} * rate.value >= Wide{best_ + 1 - state.value} * rate.weight, better};
-        });
+            return Verdict{Wide{left} * rate.value >= Wide{to_beat_ + 1 - state.value} * rate.weight, better};
+        };
+        extend(states_, group, judge);
     }
 
     /// Tries to end the search with a second list, of all that differs from the break solution outside of the
     /// core: of each state of the core, only the heaviest of the second list that fits is of interest (E.
-    /// Horowitz and S. Sahni, JACM 21(2), 1974). Returns whether that list stayed short enough.
+    /// Horowitz and S. Sahni, JACM 21(2), 1974). Returns whether that list could be made in full; a part of
+    /// it may still raise the incumbent to its bound, which few states of many equally dense ones do alone.
     bool meet_in_the_middle() {
         const std::size_t num_changes = changes_.size();
         const std::size_t max_recorded = std::min(4 * states_.size(), states_left_);
         const std::size_t max_merges = std::min(32 * states_.size(), merges_left_);
         std::size_t num_merges = 0;
+        bool in_full = true;
         std::vector<bool> met = in_core_;
         others_.assign(1, {0, 0, kRoot});
-        for (std::size_t position = 0; position < knapsack_->ranks.size(); ++position) {
+        const auto meet = [&](std::size_t position) {
             const std::uint32_t group = knapsack_->group(position);
-            if (met[group] || settled(group)) continue;
+            if (met[group] || settled(group)) return;
             met[group] = true;
             const std::size_t growth = others_.size() * (instance_.options_of(group).size() - 1);
-            if (changes_.size() - num_changes + growth > max_recorded || num_merges + growth > max_merges) {
-                states_left_ += changes_.size() - num_changes;
-                changes_.resize(num_changes);
-                merges_left_ -= num_merges;
-                return false;
-            }
+            in_full =
+                changes_.size() - num_changes + growth <= max_recorded && num_merges + growth <= max_merges;
+            if (!in_full) return;
             num_merges += growth;
             extend(others_, group, [this](const State& state) {
                 return Verdict{!settled(Delta{state.weight, state.value, 0}), false};
             });
+        };
+        std::size_t after = knapsack_->break_index;
+        std::size_t before = after;
+        while (in_full && (after < knapsack_->ranks.size() || before > 0)) {  // outwards
+            if (after < knapsack_->ranks.size()) meet(after++);
+            if (in_full && before > 0) meet(--before);
         }
         merges_left_ -= num_merges;
+
+        const std::int64_t best_before = best_;
         auto other = others_.crbegin();
         for (const State& state : states_) {  // the heavier it is, the lighter the other
             patience_.spend(1);
             while (other != others_.crend() && other->weight > knapsack_->capacity - state.weight) ++other;
             if (other == others_.crend()) break;
             if (state.value + other->value <= best_) continue;
-            best_ = state.value + other->value;
+            raise_to(state.value + other->value);
             best_node_ = state.node;
             best_other_node_ = other->node;
         }
-        return true;
+        if (best_ == best_before) {  // nothing refers to what was recorded
+            states_left_ += changes_.size() - num_changes;
+            changes_.resize(num_changes);
+        }
+        return in_full;
     }
 
     /// Adds to a list all its states with every other option of the group, and drops those that another one
@@ -602,13 +653,16 @@ class CoreSearch {
     template <typename Judge>
     void merge(const std::vector<State>& kept, const std::vector<State>& base, const Delta& delta,
                Judge& judge) {
+        patience_.spend(kept.size() + base.size());
         merged_.clear();
         std::int64_t highest_value = std::numeric_limits<std::int64_t>::min();
-        for (auto old = kept.cbegin(), changed = base.cbegin();
-             old != kept.cend() || changed != base.cend();) {
-            patience_.spend(1);
+        const State* old = kept.data();
+        const State* changed = base.data();
+        const State* const end_of_old = old + kept.size();
+        const State* const end_of_changed = changed + base.size();
+        while (old != end_of_old || changed != end_of_changed) {
             const auto changed_is_next = [&] {
-                if (old == kept.cend() || changed == base.cend()) return old == kept.cend();
+                if (old == end_of_old || changed == end_of_changed) return old == end_of_old;
                 const std::int64_t weight = changed->weight + delta.weight;
                 if (weight != old->weight) return weight < old->weight;
                 return changed->value + delta.value > old->value;
@@ -628,7 +682,10 @@ class CoreSearch {
                 changes_.push_back({delta.option, state.node});
                 state.node = static_cast<std::uint32_t>(changes_.size() - 1);
             }
-            if (verdict.best) best_node_ = state.node;
+            if (verdict.best) {
+                best_node_ = state.node;
+                best_other_node_ = kRoot;
+            }
             if (verdict.kept) merged_.push_back(state);
         }
     }
@@ -671,6 +728,7 @@ class CoreSearch {
     std::size_t add_ = 0;         // the next step to add,
     std::size_t remove_end_ = 0;  // and the end of those to take back, at the edges of the core
     std::int64_t best_ = 0;
+    std::int64_t to_beat_ = 0;
     std::uint32_t best_node_ = kRoot;        // of the core's list,
     std::uint32_t best_other_node_ = kRoot;  // and of the second one
     std::vector<State> states_;
@@ -872,7 +930,7 @@ class WalkSearch {
             patience_.spend(1 + plan_.groups_of(arc).size() + plan_.open_groups_of(arc).size());
             if (arc.cost > from.left ||
                 (lagrangian != nullptr &&
-                 !lagrangian->beats(from.gains + lagrangian->best(arc), incumbent.value))) {
+                 !lagrangian->beats(from.gains + lagrangian->best(arc), incumbent.to_beat()))) {
                 leave_to(num_let_in);
                 return;
             }
@@ -924,7 +982,7 @@ class WalkSearch {
     }
 
     void add_walk(const Walk& walk, bool try_now, Incumbent& incumbent) {
-        if (walk.bound <= incumbent.value) return;
+        if (walk.bound <= incumbent.to_beat()) return;
         walks_.push_back(walk);
         if (try_now) try_greedily(walk, incumbent);
     }
@@ -942,7 +1000,7 @@ class WalkSearch {
     void try_best_walks(Incumbent& incumbent) {
         std::ranges::stable_sort(walks_, std::ranges::greater{}, &Walk::bound);
         for (const Walk& walk : walks_) {
-            if (walk.bound <= incumbent.value || !try_greedily(walk, incumbent)) break;
+            if (walk.bound <= incumbent.to_beat() || !try_greedily(walk, incumbent)) break;
         }
     }
 
@@ -969,9 +1027,10 @@ PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std
     if (instance.steps.empty()) return {};
 
     Patience patience(options.interrupted);
-    Incumbent incumbent;
+    std::int64_t known_value = 0;
     for (std::size_t k = 0; k < known.size(); ++k)
-        incumbent.value += known[k] != 0 ? instance.tensor_values[k] : 0;
+        known_value += known[k] != 0 ? instance.tensor_values[k] : 0;
+    Incumbent incumbent(instance.values, known_value);
     const std::size_t max_states =
         plan.has_open ? std::min(options.max_states, limits.max_open_states) : options.max_states;
     WalkSearch search(instance, capacity, max_states, limits, patience);
@@ -979,31 +1038,31 @@ PlanChoice search_plan(const Plan& plan, std::span<const double> importance, std
     const std::vector<Walk>& walks = search.walks();
 
     CoreSearch core(instance, max_states, limits.halve_at, patience);
-    for (auto walk = walks.cbegin(); walk != walks.cend() && walk->bound > incumbent.value; ++walk) {
+    for (auto walk = walks.cbegin(); walk != walks.cend() && walk->bound > incumbent.to_beat(); ++walk) {
         patience.spend(instance.steps.size());
         const Knapsack knapsack = search.knapsack(*walk);
         improve_greedily(knapsack, incumbent);
         const std::int64_t walk_bound = std::min(walk->bound, core.run(knapsack, incumbent));
-        if (walk_bound <= incumbent.value) continue;
+        if (walk_bound <= incumbent.to_beat()) continue;
         // The states ran out: the walks not searched are open up to their bounds, the next one's the highest.
         bound = std::max({bound, walk_bound, walk + 1 != walks.cend() ? (walk + 1)->bound : 0});
         break;
     }
 
     PlanChoice choice;
-    if (incumbent.options.empty()) {
+    if (incumbent.options().empty()) {
         for (std::uint32_t k = 0; k < known.size(); ++k) {
             if (known[k] != 0) choice.tensors.push_back(k);
         }
     }
-    for (const std::uint32_t index : incumbent.options) {
+    for (const std::uint32_t index : incumbent.options()) {
         const Option& option = instance.options[index];
         const std::span<const std::uint32_t> tensors = plan.tensors_of(plan.groups[option.group]);
         for (std::size_t i = 0; i < tensors.size(); ++i) {
             if ((option.members >> i & 1) != 0) choice.tensors.push_back(tensors[i]);
         }
     }
-    choice.optimal = bound <= incumbent.value;
+    choice.optimal = bound <= incumbent.to_beat();
     choice.upper_bound = instance.values.upper(bound);
     return choice;
 }

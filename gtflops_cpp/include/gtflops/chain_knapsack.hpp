@@ -25,8 +25,10 @@ struct ChainProblem {
 ///
 /// Costs are used as given, without quantisation. Importances become 62-bit fixed point, with one power of
 /// two for all, so that every comparison is exact: rounding moves the sum of n importances by less than n /
-/// 2^59 of the total of the positive ones, less than summing them as doubles may. Where several selections
-/// are best, the same one is returned on every run and every machine; docs/solver.md says which.
+/// 2^59 of the total of the positive ones, less than summing them as doubles may. The search ends where no
+/// selection is worth more by a difference that a sum of n doubles can tell, n / 2^53 of the value. Where
+/// several selections are best, the same one is returned on every run and every machine; docs/solver.md says
+/// which.
 ///
 /// Throws std::invalid_argument on malformed input, std::overflow_error where sum(dw) + sum(dy), or the sum
 /// of the positive importances, is out of range, `Interrupted` when asked to stop.
