@@ -346,7 +346,7 @@ def _without_common_start(layer: str, layers: Sequence[str]) -> str:
     common = 0
     while all(len(path) > common + 1 and path[common] == paths[0][common] for path in paths):
         common += 1
-    return ".".join(layer.split(".")[common:])
+    return ".".join(layer.split(".")[common:]) or "root"
 
 
 def _bars(bars: Sequence[_Bar], places: list[int], values: list[int], axis: str, label: str, colour: str) -> Figure:

@@ -128,6 +128,7 @@ def render(summary: Summary) -> str:
             },
             table=table,
             rows_shown=ROWS_SHOWN,
+            bars_shown=figures.BARS_SHOWN,
             modules=sorted(summary.modules, key=lambda row: -row.cost.full.all)[:ROWS_SHOWN]
             if len(summary.modules) > ROWS_SHOWN
             else summary.modules,
