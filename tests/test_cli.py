@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 
 import gtflops
 import gtflops.operators
@@ -66,6 +67,7 @@ def test_profile_as_json(saved: Path) -> None:
     profile = gtflops.Profile.load(saved)
     assert str(profile.full_flops) in json.dumps(data)
     assert data["format"] == "gtflops-report"
+    Draft202012Validator(schema()).validate(data)
 
 
 def test_profile_prints_tables_and_writes_a_report(saved: Path, tmp_path: Path) -> None:

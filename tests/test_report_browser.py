@@ -117,6 +117,7 @@ def test_the_slider_changes_numbers_and_map(page: Page, report: Path, profile: P
         assert sum(page.evaluate(cells)) == point.tensors  # in this model each cell holds one tensor
         ring = page.evaluate("document.querySelector('[data-chart=frontier]').data[1].x[0]")
         assert ring == pytest.approx(100 * point.flops / profile.full_flops)
+        assert f"Tensors trained: {facts(page)['Tensors trained']}" in (slider.get_attribute("aria-valuetext") or "")
         shown[key] = facts(page)
     assert shown["Home"] != shown["End"]
 

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,7 +196,7 @@ def _name(raw: str) -> str:
 
 def _nonce(summary: Summary) -> str:
     """The mark without which the page runs no script: a name cannot hold the digest of itself."""
-    return hashlib.sha256(json.dumps(summary.to_json()).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr(summary).encode()).hexdigest()[:32]
 
 
 def whole_step(cost: Cost) -> Sequence[Segment]:

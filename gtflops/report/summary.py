@@ -549,6 +549,7 @@ def _tensors(profile: Profile, selection: Selection | None) -> tuple[TensorRow, 
 def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
     chosen = [tensor for tensor, selected in zip(profile.tensors, selection.mask, strict=True) if selected]
     dw = sum(tensor.dw_flops for tensor in chosen)
+    forward = profile.step_flops(selection.mask).forward
     return SelectionSummary(
         tensors=len(chosen),
         all_tensors=len(profile.tensors),
@@ -558,8 +559,8 @@ def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
         budget_flops=selection.budget_flops,
         budget_seconds=selection.budget_seconds,
         full_flops=profile.full_flops,
-        forward_flops=profile.forward_flops,
-        dy_flops=selection.flops - profile.forward_flops - dw,
+        forward_flops=forward,
+        dy_flops=selection.flops - forward - dw,
         dw_flops=dw,
         flops=selection.flops,
         seconds=selection.seconds,
