@@ -48,6 +48,7 @@ def page(browser: Browser) -> Iterator[Page]:
     """A page whose every message and request is an error, but for the file itself."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     opened = context.new_page()
+    opened.set_default_timeout(60_000)
     said: list[str] = []
     requested: list[str] = []
     opened.on("console", lambda message: said.append(message.text))
@@ -240,7 +241,7 @@ def test_without_javascript_the_tables_are_there(browser: Browser, report: Path,
 
 
 def test_100_000_tensors(page: Page, profile: Profile, tmp_path: Path) -> None:  # noqa: F811
-    """The page opens, searches and sorts all of them, each within seconds, with a handful of rows at once."""
+    """The page opens, searches and sorts all of them, some rows at a time, in seconds of its own thread's time."""
     row = summarise(profile).tensors[0]
     costs = np.random.default_rng(0).integers(1, 10**9, 100_000).tolist()
     tensors: list[TensorRow] = [
@@ -256,7 +257,9 @@ def test_100_000_tensors(page: Page, profile: Profile, tmp_path: Path) -> None: 
     path = tmp_path / "many.html"
     path.write_text(html.render(replace(summarise(profile), tensors=tuple(tensors))), encoding="utf-8")
     assert path.stat().st_size < 25_000_000
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(120_000)  # other processes may take the time
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable")
     opened(page, path)
     rows = page.locator("#tensor-table tbody tr")
     assert rows.count() == html.ROWS_SHOWN
@@ -269,3 +272,5 @@ def test_100_000_tensors(page: Page, profile: Profile, tmp_path: Path) -> None: 
     assert page.locator("#tensor-table tbody code").first.inner_text() == dearest
     page.locator("#more").click()
     assert rows.count() == 2 * html.ROWS_SHOWN
+    metrics = {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
+    assert metrics["ThreadTime"] < 10
