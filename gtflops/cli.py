@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -89,6 +90,7 @@ AttentionOption = Annotated[
 AllowUnsupported = Annotated[bool, typer.Option(help="Count operators without a price as free.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.", dir_okay=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
 Budget = Annotated[float, typer.Option(help="Share of a full step's FLOPs that a step may cost, in (0, 1].")]
 Importance = Annotated[
     str,
@@ -142,6 +144,7 @@ def profile_command(
     attention: AttentionOption = None,
     save: Annotated[Path | None, typer.Option(help="Write the profile here, for select and later reports.")] = None,
     html: Html = None,
+    force: Force = False,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Price what torch.compile would run as well, beside the eager step.")
     ] = False,
@@ -155,8 +158,9 @@ def profile_command(
     from gtflops.report.summary import summarise
     from gtflops.report.terminal import profile_tables
 
-    _require_writable(html, ".html")
-    _require_writable(save)
+    for path, suffix in ((html, ".html"), (save, "")):
+        _require_writable(path, suffix)
+        _require_free(path, force)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention, compiled=compiled)
     if save is not None:
         costs.save(save)
@@ -224,6 +228,7 @@ def select_command(
     attention: AttentionOption = None,
     allow_unsupported: AllowUnsupported = False,
     html: Html = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Which tensors to train within a budget.
@@ -233,6 +238,8 @@ def select_command(
     from gtflops.report.terminal import selection_table
     from gtflops.selection import select
 
+    _require_writable(html, ".html")
+    _require_free(html, force)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
     selection = select(
@@ -304,6 +311,73 @@ def frontier_command(
     else:
         out.print(frontier_table(curve))
         _say_importance(importance)
+
+
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from gtflops.report import schema
+
+        _print_json(schema())
+        raise typer.Exit
+
+
+@app.command("report")
+def report_command(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The report: .html, .md, .json or .csv.", show_default=False)
+    ],
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            help="What a budget buys, as of 'select': a JSON file of numbers, or 'numel'.", show_default=False
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Select within this share of a full step, and report that.", show_default=False)
+    ] = None,
+    selection: Annotated[
+        Path | None, typer.Option(help="Report this selection, as 'gtflops select --json' prints it.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Report this run, as 'gtflops train --log' writes it.", show_default=False)
+    ] = None,
+    force: Force = False,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    decoder_len: DecoderLen = None,
+    attention: AttentionOption = None,
+    schema: Annotated[
+        bool,
+        typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of .json reports."),
+    ] = False,
+) -> None:
+    """What a step costs, what each budget buys, what was trained: one file to send to a colleague.
+
+    Example: gtflops report opt.profile.json --importance importance.json --budget 0.5 --log run.jsonl --output opt.html
+    """
+    from gtflops.report import require_suffix, write
+    from gtflops.report.log import training_log
+    from gtflops.selection import select
+
+    _require_writable(output)
+    _require_free(output, force)
+    require_suffix(output)
+    if budget is not None and selection is not None:
+        raise InputError("--budget and --selection are given; expected one of them")
+    if importance is None and (budget is not None or selection is not None):
+        option = "--selection" if budget is None else "--budget"
+        raise InputError(f"{option} needs the importances that the selection goes by; add --importance FILE or numel")
+    costs = _profile(model, batch_size, seq_len, decoder_len, attention)
+    numbers = None if importance is None else _importance(importance, costs)
+    chosen = None
+    if numbers is not None and selection is not None:
+        chosen = _saved_selection(selection, costs, numbers)
+    elif numbers is not None and budget is not None:
+        chosen = select(costs, numbers, budget, allow_unsupported=True)
+    with err.status(f"writing {output}"):
+        write(output, costs, chosen, None if log is None else training_log(log, costs), numbers)
+    _say_written(output)
 
 
 @app.command("ops")
@@ -514,6 +588,7 @@ def train_command(
     from gtflops.files import write_whole
     from gtflops.recipes.finetune import FineTuneSettings, InterruptedRunError, finetune
     from gtflops.recipes.schemes import scheme as scheme_of
+    from gtflops.report.log import end_line
     from gtflops.training import processes
 
     _require_writable(html, ".html")
@@ -585,6 +660,9 @@ def train_command(
         raise typer.Exit(130)
     if processes.rank() > 0:
         return
+    if log is not None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(end_line(result.log))
     if as_json:
         _print_json(_run_json(result))
     else:
@@ -1106,10 +1184,55 @@ def _read(path: str) -> dict[str, float]:
     return data
 
 
+def _saved_selection(path: Path, costs: "Profile", importance: dict[str, float]) -> "Selection":
+    """A selection from a file, if it is one of this profile and of these importances."""
+    from gtflops.selection import Selection
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read a selection from {path}: {error}") from error
+    try:
+        selection = Selection.from_json(costs, data, importance)
+        flops, full_flops, value = int(data["flops"]), int(data["full_flops"]), float(data["value"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, GtflopsError) else f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{path} holds no selection of this profile ({reason}); expected what 'gtflops select --json' prints"
+        ) from error
+    if (flops, full_flops) != (costs.step_flops(selection.mask).total, costs.full_flops):
+        raise InputError(
+            f"{path} holds a selection of {flops:,} FLOP a step, of {full_flops:,} in full; with this profile it costs "
+            f"{costs.step_flops(selection.mask).total:,} of {costs.full_flops:,}; expected the profile that it was "
+            "made with"
+        )
+    worth = math.fsum(importance.get(name, 0.0) for name in selection.names)
+    if not math.isclose(worth, value, rel_tol=1e-9):
+        raise InputError(
+            f"{path} holds a selection worth {value:.6g}, which by these importances is worth {worth:.6g}; expected "
+            "--importance as it was for 'gtflops select'"
+        )
+    return selection
+
+
+def _require_free(path: Path | None, force: bool) -> None:
+    """What is there already is replaced only by --force, or when a person at the terminal says so."""
+    if path is None or not path.exists():
+        return
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected the name of a file in it")
+    if force:
+        return
+    if not sys.stdin.isatty() or not typer.confirm(f"{path} exists. Replace it?", err=True):
+        raise InputError(f"{path} exists; --force replaces it")
+
+
 def _require_writable(path: Path | None, suffix: str = "") -> None:
     """An output that cannot be written is refused before the work, not after it."""
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: the folder {path.parent.absolute()} is read-only")
     if path is not None and not path.name.endswith(suffix):
         raise InputError(f"{path} does not end in {suffix}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -90,32 +91,29 @@ class Segments:
         nodes, every_time = graph.nodes, 1 << len(names)
         runs = [index for index, node in enumerate(nodes) if node.phase in AFTER_FORWARD and needed[index]]
         sometimes = [index for index in runs if needed[index] < every_time]
+        digests = {index: _digest(needed[index]) for index in sometimes}
         # What a node depends on is needed by whoever needs the node, and by more where the sets differ: larger
         # sets first is an order in which dependencies stand before.
-        sets = sorted({needed[index] for index in sometimes}, key=lambda tensors: (-tensors.bit_count(), tensors))
-        segment_of = {tensors: segment for segment, tensors in enumerate(sets)}
+        by_digest = {digests[index]: needed[index] for index in sometimes}
+        order = sorted(by_digest, key=lambda digest: (-by_digest[digest].bit_count(), by_digest[digest]))
+        sets = [by_digest[digest] for digest in order]
+        place = {digest: segment for segment, digest in enumerate(order)}
+        segment_of = {index: place[digest] for index, digest in digests.items()}
         dependencies: list[set[int]] = [set() for _ in sets]
-        for index in sometimes:
-            segment = segment_of[needed[index]]
-            dependencies[segment].update(
-                segment_of[needed[source]]
-                for source in nodes[index].inputs
-                if nodes[source].phase in AFTER_FORWARD and needed[source] < every_time
-            )
+        for index, segment in segment_of.items():
+            dependencies[segment].update(segment_of[source] for source in nodes[index].inputs if source in segment_of)
             dependencies[segment].discard(segment)
         costs = np.zeros((4, len(sets) + 1), dtype=np.int64)  # the last column: always
         rows = np.array([2 * AFTER_FORWARD.index(nodes[index].phase) for index in runs], dtype=np.intp)
-        columns = np.array([segment_of.get(needed[index], len(sets)) for index in runs], dtype=np.intp)
+        columns = np.array([segment_of.get(index, len(sets)) for index in runs], dtype=np.intp)
         for column in (0, 1):
             np.add.at(costs, (rows + column, columns), prices[column, runs])
-        gradients = (graph.gradients[name] for name in names)
+        gradients = [graph.gradients[name] for name in names]
+        own = [None if node is None else place.get(digests.get(node) or _digest(needed[node])) for node in gradients]
         return cls(
             needed_by=tuple(sets),
             dependencies=tuple(tuple(sorted(sources)) for sources in dependencies),
-            gradient_of=tuple(
-                (segment_of[needed[node]],) if node is not None and needed[node] in segment_of else ()
-                for node in gradients
-            ),
+            gradient_of=tuple(() if segment is None else (segment,) for segment in own),
             costs=np.ascontiguousarray(costs[:, :-1]),
             always=costs[:, -1].copy(),
         )
@@ -132,6 +130,11 @@ class Segments:
     def closure_costs(self) -> _core.ClosureCosts:
         """The C++ object that answers queries."""
         return _core.ClosureCosts(*csr(self.dependencies), *csr(self.gradient_of), self.costs)
+
+
+def _digest(tensors: int) -> bytes:
+    """Stands for a set of tensors in a dict: of Python's own hashes of integers, all powers of two have but 61."""
+    return blake2b(tensors.to_bytes(tensors.bit_length() // 8 + 1, "little"), digest_size=16).digest()
 
 
 def csr(lists: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

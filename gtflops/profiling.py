@@ -29,8 +29,11 @@ from gtflops.units import format_flops
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
     from gtflops.capture.batches import Loss
+    from gtflops.selection import Selection
+    from gtflops.training.records import TrainingLog
     from gtflops.verification import Verification
 
 FORMAT = "gtflops-profile"
@@ -571,11 +574,48 @@ class Profile(CopiedByFields):
 
         return verify(self, model, batch, loss, selections, seed)
 
-    def report(self, path: str | os.PathLike[str]) -> None:
-        """Write a report by the suffix of ``path``: .html (one self-contained file), .md or .json."""
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        selection: "Selection | None" = None,
+        log: "TrainingLog | None" = None,
+        importance: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write a report by the suffix of ``path``: .html (one self-contained file), .md, .json or .csv.
+
+        It says what a step costs and where, what each budget buys, and, where they are given, what ``selection`` trains
+        and how the training of ``log`` went. What a budget buys is by ``importance``, else by the selection's, else by
+        number of elements. A file that is there is replaced, whole. InputError for another suffix, a folder that cannot
+        be written, or what is of another profile.
+
+        >>> import gtflops, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "opt.csv")
+        >>> gtflops.profile("facebook/opt-125m", batch_size=1, seq_len=8).report(path)
+        >>> path.read_text().split(",")[:4]
+        ['name', 'module', 'shape', 'numel']
+        """
         from gtflops.report import write
 
-        write(Path(path), self)
+        write(Path(path), self, selection, log, importance)
+
+    def plot(self) -> "Figure":
+        """Cost over depth as a matplotlib Figure (``pip install 'gtflops[plot]'``): t_dw, t_dy and its sum, FLOPs.
+
+        >>> import gtflops
+        >>> figure = gtflops.profile("facebook/opt-125m", batch_size=1, seq_len=8).plot()
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['t_dw (FLOP)', 't_dy (FLOP)', 'sum of t_dy (FLOP)']
+        """
+        from gtflops.report.plot import cost_over_depth
+
+        return cost_over_depth(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from gtflops.report.notebook import profile_html
+
+        return profile_html(self)
 
 
 def _columns(graph: Graph, matmul: list[int], other: list[int]) -> npt.NDArray[np.int64]:

@@ -42,6 +42,12 @@ class Selection:
             f"Selection({len(self.names)} of {len(self.mask)} tensors, {format_flops(self.flops)}, {share:.3f} of full)"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from gtflops.report.notebook import selection_html
+
+        return selection_html(self)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The selected tensors, in backward order."""

@@ -2,20 +2,25 @@
 
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 
 import gtflops
 import gtflops.operators
 import gtflops.training
 from branching_models import with_times
+from gtflops.report import SUFFIXES, schema
 from small_models import build
 from small_tokenizer import word_tokenizer
 
@@ -62,6 +67,7 @@ def test_profile_as_json(saved: Path) -> None:
     profile = gtflops.Profile.load(saved)
     assert str(profile.full_flops) in json.dumps(data)
     assert data["format"] == "gtflops-report"
+    Draft202012Validator(schema()).validate(data)
 
 
 def test_profile_prints_tables_and_writes_a_report(saved: Path, tmp_path: Path) -> None:
@@ -174,6 +180,98 @@ def test_frontier(saved: Path, timed: Path) -> None:
     assert "a stand-in and no measurement" in printed
     assert " Time " in run(*command).stdout
     assert " Time " not in printed
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_report(saved: Path, tmp_path: Path, suffix: str) -> None:
+    """What the library writes of the same profile, importances and selection; a file that is there is kept."""
+    profile = gtflops.Profile.load(saved)
+    importance = {tensor.name: float(len(tensor.name)) for tensor in profile.tensors}
+    (tmp_path / "importance.json").write_text(json.dumps(importance))
+    path, expected = tmp_path / f"report{suffix}", tmp_path / f"expected{suffix}"
+    by = ["--importance", tmp_path / "importance.json", "--budget", "0.6"]
+    assert f"wrote {path}" in run("report", saved, "--output", path, *by).stderr
+    profile.report(expected, selection=gtflops.select(profile, importance, 0.6), importance=importance)
+    assert path.read_bytes() == expected.read_bytes()
+    assert "exists; --force replaces it" in run("report", saved, "-o", path, expect=2).stderr
+    assert path.read_bytes() == expected.read_bytes()
+    run("report", saved, "-o", path, "--force")
+    profile.report(expected)
+    assert path.read_bytes() == expected.read_bytes()
+
+
+def test_report_of_a_saved_selection(saved: Path, tmp_path: Path) -> None:
+    chosen, other, report = tmp_path / "chosen.json", tmp_path / "other.json", tmp_path / "report.json"
+    chosen.write_text(run("select", saved, "--importance", "numel", "--budget", "0.6", "--json").stdout)
+    run("report", saved, "-o", report, "--importance", "numel", "--selection", chosen)
+    assert json.loads(report.read_text())["selection"]["flops"] == json.loads(chosen.read_text())["flops"]
+
+    def refused(profile: Path, importance: str | Path, content: str) -> str:
+        other.write_text(content)
+        arguments = ["-o", tmp_path / "refused.html", "--importance", importance, "--selection", other]
+        result = run("report", profile, *arguments, expect=2)
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "refused.html").exists()
+        return result.stderr
+
+    ones = tmp_path / "ones.json"
+    ones.write_text(json.dumps(dict.fromkeys(gtflops.Profile.load(saved).names, 1.0)))
+    longer = tmp_path / "longer.json"
+    run("profile", "gpt2", "--batch-size", "2", "--seq-len", "40", "--save", longer)
+    assert "expected --importance as it was" in refused(saved, ones, chosen.read_text())
+    assert "expected the profile that it was made with" in refused(longer, "numel", chosen.read_text())
+    assert "holds no selection of this profile" in refused(saved, "numel", '{"names": ["absent.weight"]}')
+    assert "holds no selection of this profile" in refused(saved, "numel", "[]")
+    assert "cannot read a selection" in refused(saved, "numel", "{")
+
+
+def test_report_of_a_logged_run(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    log, profile, report = tmp_path / "run.jsonl", tmp_path / "profile.json", tmp_path / "report.json"
+    options = ["--data", pairs, "--budget", "0.7", "--steps", "4", "--every", "2", "--seq-len", "16", "--energy", "100"]
+    options += ["--quality-examples", "0", "--loss-examples", "4", "--json", "--log", log]
+    trained = json.loads(run("train", tiny, *options).stdout)
+    run("profile", tiny, "--batch-size", "4", "--seq-len", "16", "--save", profile)
+    run("report", profile, "--log", log, "-o", report)
+    told = json.loads(report.read_text())["training"]
+    assert [step["loss"] for step in told["steps"]] == trained["losses"]
+    assert [step["seconds"] for step in told["steps"]] == trained["step_seconds"]
+    assert told["planned_flops"] == trained["planned_flops"]
+    assert told["measuring_flops"] == trained["measuring_flops"]
+    assert told["energy"] == trained["energy"]
+    assert [(event["step"], event["names"]) for event in told["selections"]] == [
+        (selection["step"], selection["names"]) for selection in trained["selections"]
+    ]
+
+    def refused(change: Callable[[dict[str, Any]], None], line: int) -> str:
+        lines = [json.loads(text) for text in log.read_text().splitlines()]
+        change(lines[line])
+        broken = tmp_path / "broken.jsonl"
+        broken.write_text("".join(json.dumps(record) + "\n" for record in lines))
+        result = run("report", profile, "--log", broken, "-o", tmp_path / "refused.html", expect=2)
+        assert "Traceback" not in result.stderr
+        return result.stderr
+
+    assert "line 1 is of a model with other tensors" in refused(lambda line: line.update(names=["absent.weight"]), 0)
+    assert "line 2: planned_flops is -1, expected an integer" in refused(lambda line: line.update(planned_flops=-1), 1)
+    assert "line 2: loss is 'low', expected a number" in refused(lambda line: line.update(loss="low"), 1)
+    assert "line 1: names is a NoneType" in refused(lambda line: line.update(names=None), 0)
+    assert "expected an object with 'record'" in refused(lambda line: line.pop("step"), 2)
+    log.write_text(log.read_text()[:-10])  # a run that is killed leaves half a line
+    run("report", profile, "--log", log, "-o", tmp_path / "report.html")
+
+
+def test_schema_is_printed() -> None:
+    assert json.loads(run("report", "--schema").stdout) == schema()
+
+
+def test_a_report_of_opt_6_7b_is_quick_and_light(tmp_path: Path) -> None:
+    """By the processor's time, which other processes do not change: start, load, solve, write."""
+    gtflops.profile("facebook/opt-6.7b", batch_size=4, seq_len=512).save(tmp_path / "opt.json")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run("report", tmp_path / "opt.json", "-o", tmp_path / "opt.html")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert (tmp_path / "opt.html").stat().st_size < 6_000_000
 
 
 def test_train(tiny: Path, pairs: Path, tmp_path: Path) -> None:
@@ -383,7 +481,7 @@ def test_ops_names_what_has_no_price_first(tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_gives_examples() -> None:
     listed = run("--help").stdout
-    for command in ("profile", "verify", "select", "frontier", "ops", "train", "compare", "demo"):
+    for command in ("profile", "verify", "select", "frontier", "report", "ops", "train", "compare", "demo"):
         assert command in listed
         assert "Example: gtflops" in run(command, "--help").stdout
     assert run("--version").stdout.startswith("gtflops ")
@@ -407,6 +505,20 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["frontier", "SAVED", "--importance", "numel", "--cost", "time"], "has none for this batch"),
         (["frontier", "SAVED", "--importance", "numel", "--max-elements", "5"], "the smallest has 768"),
         (["frontier", "SAVED", "--importance", "SAVED"], "lacks"),
+        (
+            ["report", "SAVED", "-o", "report.txt"],
+            "report.txt has the suffix '.txt', expected .html, .md, .json or .csv",
+        ),
+        (["report", "SAVED", "-o", "FOLDER"], "is a folder, expected the name of a file in it"),
+        (["report", "SAVED", "-o", "FOLDER", "--force"], "is a folder, expected the name of a file in it"),
+        (["report", "SAVED", "-o", "absent/report.html"], "there is no folder absent"),
+        (["report", "SAVED", "-o", "SAVED"], "exists; --force replaces it"),
+        (["profile", "SAVED", "--save", "SAVED"], "exists; --force replaces it"),
+        (["report", "OLD", "-o", "report.html"], "has version 2 of the profile format, this gtflops reads version"),
+        (["report", "SAVED", "-o", "report.html", "--budget", "0.5"], "--budget needs the importances"),
+        (["report", "SAVED", "-o", "report.html", "--importance", "SAVED"], "lacks"),
+        (["report", "SAVED", "-o", "report.html", "--log", "SAVED"], "has no steps, expected the JSON lines of a run"),
+        (["report", "SAVED", "-o", "report.html", "--log", "absent"], "cannot read absent"),
         (["train", "absent-model"], "cannot load 'absent-model'"),
         (["train", "absent-model", "--html", "run.txt"], "run.txt does not end in .html"),
         (["train", "absent-model", "--save-importance", "absent/i.json"], "there is no folder absent"),
@@ -432,7 +544,10 @@ def test_help_names_every_command_and_gives_examples() -> None:
     ],
 )
 def test_errors_are_one_line(saved: Path, tiny: Path, arguments: list[str], message: str) -> None:
-    result = run(*[str({"SAVED": saved, "TINY": tiny}.get(word, word)) for word in arguments], expect=2)
+    old = saved.with_name("old.json")
+    old.write_text(json.dumps({**json.loads(saved.read_text()), "version": 2}))
+    stands_for = {"SAVED": saved, "TINY": tiny, "OLD": old, "FOLDER": saved.parent}
+    result = run(*[str(stands_for.get(word, word)) for word in arguments], expect=2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gtflops._core import ClosureCosts
+from gtflops.closure import Segments, needed_by
+from gtflops.graph import Graph, Node, Phase
+from gtflops.operators import Call
 from reference import closure
 
 
@@ -50,6 +54,25 @@ def test_agrees_with_a_plain_search(
     for mask, segments, total in zip(masks, expected, sums, strict=True):
         np.testing.assert_array_equal(core.cost(mask), total)
         np.testing.assert_array_equal(np.flatnonzero(core.reached(mask)), segments)
+
+
+def test_very_many_tensors_are_merged_in_linear_time() -> None:
+    """A second for 30,000; sets of tensors are integers, of which Python's own hashes would make it quadratic."""
+    nothing = Call("aten.mul.Tensor", (), (), ())
+    nodes = [Node("loss", nothing, (), Phase.FORWARD, "", "", None)]
+    gradients: dict[str, int | None] = {}
+    for place in range(30_000):
+        nodes.append(Node(f"dy{place}", nothing, (max(0, len(nodes) - 2),), Phase.BACKWARD, "", "", None))
+        nodes.append(Node(f"dw{place}", nothing, (len(nodes) - 1,), Phase.BACKWARD, "", "", None))
+        gradients[f"w{place}"] = len(nodes) - 1
+    graph = Graph("Chain", tuple(nodes), gradients, 0, (), (), ())
+    names = tuple(gradients)
+    needed = needed_by(graph, names)
+    start = time.process_time()
+    segments = Segments.of(graph, names, needed, np.ones((2, len(nodes)), dtype=np.int64))
+    assert time.process_time() - start < 5
+    assert (len(segments.needed_by), segments.costs.sum()) == (2 * len(names) - 1, 4 * len(names))
+    assert segments.chain_costs()[1].tolist() == [2] * (len(names) - 1) + [0]
 
 
 def diamond(**changes: Any) -> ClosureCosts:

@@ -16,7 +16,7 @@ def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.Monk
     exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), {})
 
 
-@pytest.mark.parametrize("name", ["budgets.md"])
+@pytest.mark.parametrize("name", ["budgets.md", "reports.md"])
 def test_documents_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -1,52 +1,93 @@
 """The charts, as plain data for plotly.js. A colour is the name of a CSS variable, which the page fills in."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeAlias
 
+from gtflops.report.budgets import BudgetCurve
 from gtflops.report.summary import StepRow, Summary, TensorRow, evenly, module_group, shorten, visible
 from gtflops.units import format_flops
 
 Figure: TypeAlias = dict[str, Any]
 
-#: Points of a line and columns of the selection map, so that a long training still gives a light page.
+#: Points of a line, bars, and columns of a map of selections, so that any model and any training give a light page.
 POINTS_SHOWN = 2_000
+BARS_SHOWN = 1_000
 SELECTIONS_SHOWN = 200
 
 _MOST_OFF_SCALE = 6
 _MOST_TICKS = 7
 _NAME_LENGTH = 70
+_TICK_LENGTH = 24
 
 
-def text(raw: str) -> str:
+def text(raw: str, most: int = _NAME_LENGTH) -> str:
     """A name for plotly, which takes some tags and entities in its labels for markup."""
-    shown = shorten(visible(raw), _NAME_LENGTH)
+    shown = shorten(visible(raw), most)
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+@dataclass(frozen=True, slots=True)
+class _Bar:
+    """A tensor, or, in a model of very many, some that lie next to each other."""
+
+    label: str
+    module: str
+    dw: int
+    dy: int
+    trained: bool
+    positions: range
+
+
+def _bars_of(tensors: Sequence[TensorRow]) -> list[_Bar]:
+    """In backward order; without a selection, all count as trained."""
+    count = min(len(tensors), BARS_SHOWN)
+    bars = []
+    for place in range(count):
+        positions = range(place * len(tensors) // count, (place + 1) * len(tensors) // count)
+        inside = [tensors[position] for position in positions]
+        label = text(inside[0].name)
+        if len(inside) > 1:
+            label += f"<br>and the next {len(inside) - 1:,}"
+        bars.append(
+            _Bar(
+                label,
+                inside[0].module,
+                sum(tensor.dw_flops for tensor in inside),
+                sum(tensor.dy_flops for tensor in inside),
+                any(tensor.selected is not False for tensor in inside),
+                positions,
+            )
+        )
+    return bars
 
 
 def cost_over_depth(summary: Summary) -> Figure:
     """Cost of each tensor in backward order; with a selection, which are trained."""
-    tensors = summary.tensors
-    count = len(tensors)
+    bars = _bars_of(summary.tensors)
+    count = len(bars)
+    cumulative = list(accumulate(bar.dy for bar in bars))
     data: list[Figure] = []
     annotations = [_panel_title("Weight gradients, t_dw (FLOP)", 1.0)]
     annotations.append(_panel_title("Activation gradients, t_dy, and their sum (line, right)", 0.5))
-    trained = [place for place, tensor in enumerate(tensors) if tensor.selected is not False]
+    trained = [place for place, bar in enumerate(bars) if bar.trained]
     # A frozen tensor on the way to a deeper trained one passes its activation gradients on, so they are paid for.
     passed = range(trained[-1] + 1 if trained else 0)
     for axis, label, values, colour, paid in (
-        ("y", "t_dw", [tensor.dw_flops for tensor in tensors], "--dw", set(trained)),
-        ("y2", "t_dy", [tensor.dy_flops for tensor in tensors], "--dy", set(passed)),
+        ("y", "t_dw", [bar.dw for bar in bars], "--dw", set(trained)),
+        ("y2", "t_dy", [bar.dy for bar in bars], "--dy", set(passed)),
     ):
         for places, shade in ((paid, colour), (set(range(count)) - paid, f"{colour}-soft")):
             if places:
-                data.append(_bars(tensors, sorted(places), values, axis, label, shade))
+                data.append(_bars(bars, sorted(places), values, axis, label, shade))
         annotations += _off_scale(values, axis)
     data.append(
         {
             "type": "scatter",
             "mode": "lines",
             "x": list(range(1, count + 1)),
-            "y": [tensor.cumulative_dy_flops for tensor in tensors],
+            "y": cumulative,
             "yaxis": "y3",
             "line": {"color": "--ink", "width": 1.5, "shape": "hv"},
             "hovertemplate": "t_dy so far %{y:.3s}FLOP<extra></extra>",
@@ -56,16 +97,16 @@ def cost_over_depth(summary: Summary) -> Figure:
         "height": 520,
         "bargap": 0,
         "barmode": "overlay",
-        "xaxis": {**_depth_axis(tensors), "anchor": "y2"},
-        "yaxis": {**_flops_axis(_top(summary, "dw")), "domain": [0.58, 0.95]},
-        "yaxis2": {**_flops_axis(_top(summary, "dy")), "domain": [0.08, 0.45]},
+        "xaxis": {**_depth_axis(bars), "anchor": "y2"},
+        "yaxis": {**_flops_axis(_scale_top([bar.dw for bar in bars])), "domain": [0.58, 0.95]},
+        "yaxis2": {**_flops_axis(_scale_top([bar.dy for bar in bars])), "domain": [0.08, 0.45]},
         "yaxis3": {
             **_flops_axis(None),
             "overlaying": "y2",
             "side": "right",
             "showgrid": False,
             "tickmode": "auto",
-            "range": [0, 1.08 * max([1, *(tensor.cumulative_dy_flops for tensor in tensors)])],
+            "range": [0, 1.08 * max([1, *cumulative])],
         },
         "annotations": annotations,
     }
@@ -79,7 +120,7 @@ def cost_over_depth(summary: Summary) -> Figure:
                 "yaxis": "y4",
                 "width": 0.8,
                 "marker": {"color": "--ink"},
-                "customdata": [text(tensors[place].name) for place in trained],
+                "customdata": [bars[place].label for place in trained],
                 "hovertemplate": "trained: %{customdata}<extra></extra>",
             }
         )
@@ -101,11 +142,96 @@ def cost_over_depth(summary: Summary) -> Figure:
     return {"data": data, "layout": layout}
 
 
+def cost_map(summary: Summary) -> Figure:
+    """Gradients' cost by layer and kind of tensor."""
+    grid = summary.grid
+    dw = grid.summed([tensor.dw_flops for tensor in summary.tensors])
+    dy = grid.summed([tensor.dy_flops for tensor in summary.tensors])
+    total = grid.summed([tensor.dw_flops + tensor.dy_flops for tensor in summary.tensors])
+    known = [cost for row in total for cost in row if cost is not None]
+    parts = [
+        [
+            "" if weight is None or passed is None else f"t_dw {format_flops(weight)}, t_dy {format_flops(passed)}"
+            for weight, passed in zip(*rows, strict=True)
+        ]
+        for rows in zip(dw, dy, strict=True)
+    ]
+    figure = _map(summary, total, parts)
+    top = _scale_top(known) or max(known, default=1)
+    figure["data"][0] |= {
+        "zmax": max(top, 1),
+        "colorscale": [[0, "--frozen"], [1, "--heat"]],
+        "showscale": True,
+        "colorbar": {"thickness": 10, "outlinewidth": 0, "tickformat": "~s", "nticks": 4, "len": 1, "xpad": 4},
+    }
+    return figure
+
+
+def trained_map(summary: Summary) -> Figure:
+    """Which share of a layer's tensors of a kind is trained; the page fills in what a budget buys."""
+    empty = [[None] * len(summary.grid.layers) for _ in summary.grid.kinds]
+    return _map(summary, empty, empty)
+
+
+def frontier(summary: Summary, curve: BudgetCurve) -> Figure:
+    """What each budget captures; the marks of the budget in hand, which the page moves, and of the selection."""
+    full = summary.cost.full.all
+    data: list[Figure] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [100 * point.flops / full for point in curve.points],
+            "y": [100 * point.captured for point in curve.points],
+            "line": {"color": "--dw", "width": 2},
+            "hovertemplate": f"%{{x:.1f}}% of a full step: %{{y:.1f}}% of {curve.bought}<extra></extra>",
+        },
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": [],
+            "y": [],
+            "marker": {"color": "--ink", "size": 12, "symbol": "circle-open", "line": {"width": 2.5}},
+            "hoverinfo": "skip",
+        },
+    ]
+    chosen = summary.selection
+    if chosen is not None and curve.bought == "importance":
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [100 * chosen.flops / chosen.full_flops],
+                "y": [100 * chosen.importance_captured],
+                "marker": {"color": "--dy", "size": 12, "symbol": "diamond"},
+                "hovertemplate": "the selection: %{x:.1f}%, %{y:.1f}%<extra></extra>",
+            }
+        )
+    return {
+        "data": data,
+        "layout": {
+            "height": 340,
+            "hovermode": "closest",
+            "xaxis": {"title": {"text": "FLOPs of a step, % of a full step", "standoff": 8}, "ticksuffix": "%"},
+            "yaxis": {"rangemode": "tozero", "ticksuffix": "%", "domain": [0, 0.9]},
+            "annotations": [_panel_title(f"Share of all {curve.bought} that is trained", 1.0)],
+        },
+    }
+
+
 def loss_and_flops(summary: Summary) -> Figure:
-    """Loss and FLOPs spent, over the steps."""
+    """Loss and FLOPs spent, over steps, seconds or FLOPs: ``over`` has what the page may lay along the axis."""
     assert summary.training is not None
     steps = evenly(summary.training.steps, POINTS_SHOWN)
+    over = {"steps": {"title": "optimizer step", "x": [step.step for step in steps]}}
+    if all(step.seconds is not None for step in summary.training.steps):
+        elapsed = list(accumulate(step.seconds or 0.0 for step in summary.training.steps))
+        over["seconds"] = {"title": "seconds of training steps", "x": evenly(elapsed, POINTS_SHOWN)}
+    over["FLOPs"] = {
+        "title": "planned FLOP of training steps",
+        "x": [step.cumulative_planned_flops for step in steps],
+    }
     return {
+        "over": over,
         "data": [
             _line(steps, [step.loss for step in steps], "y", "--dw", "loss %{y:.4g}"),
             _line(steps, [step.cumulative_planned_flops for step in steps], "y2", "--dy", "%{y:.4s}FLOP so far"),
@@ -125,6 +251,7 @@ def selection_map(summary: Summary) -> Figure:
     assert summary.training is not None
     events = evenly(summary.training.selections, SELECTIONS_SHOWN)
     chosen = [set(event.positions) for event in events]
+    bars = _bars_of(summary.tensors)
     end = max(len(summary.training.steps), events[-1].step + 1)
     return {
         "data": [
@@ -132,30 +259,97 @@ def selection_map(summary: Summary) -> Figure:
                 "type": "heatmap",
                 # Edges: a column is as wide as its selection lasted.
                 "x": [*(event.step for event in events), end],
-                "y": list(range(1, len(summary.tensors) + 1)),
-                "z": [[int(place in positions) for positions in chosen] for place in range(len(summary.tensors))],
+                "y": list(range(1, len(bars) + 1)),
+                "z": [
+                    [
+                        int(bar.positions[0] in positions)
+                        if len(bar.positions) == 1
+                        else round(sum(place in positions for place in bar.positions) / len(bar.positions), 3)
+                        for positions in chosen
+                    ]
+                    for bar in bars
+                ],
                 "zmin": 0,
                 "zmax": 1,
                 "colorscale": [[0, "--frozen"], [1, "--dw"]],
                 "showscale": False,
-                "hovertemplate": "tensor %{y} of the table below<extra></extra>",
+                "hovertemplate": "tensor %{y} of the table<extra></extra>",
             }
         ],
         "layout": {
             "height": 420,
+            "hovermode": "closest",
             "xaxis": {"title": {"text": "optimizer step"}},
             "yaxis": {
-                **_depth_axis(summary.tensors),
+                **_depth_axis(bars),
                 "title": {"text": ""},
-                "range": [len(summary.tensors) + 0.5, 0.5],
+                "range": [len(bars) + 0.5, 0.5],
             },
         },
     }
 
 
-def _bars(
-    tensors: Sequence[TensorRow], places: list[int], values: list[int], axis: str, label: str, colour: str
-) -> Figure:
+def _map(summary: Summary, values: Sequence[Sequence[float | None]], hover: Sequence[Sequence[str | None]]) -> Figure:
+    """Layers to the right, from the loss to the input; kinds of tensors downwards."""
+    grid = summary.grid
+    columns, rows = len(grid.layers), len(grid.kinds)
+    ticks = evenly(range(columns), _MOST_TICKS)
+    short = [shorten(visible(_without_common_start(layer, grid.layers)), 14) for layer in grid.layers]
+    return {
+        # The page writes the two together over each cell.
+        "layers": [text(layer) for layer in grid.layers],
+        "kinds": [text(kind) for kind in grid.kinds],
+        "data": [
+            {
+                "type": "heatmap",
+                "x": list(range(columns)),
+                "y": list(range(rows)),
+                "z": values,
+                "zmin": 0,
+                "zmax": 1,
+                "xgap": 1 if columns <= 64 else 0,
+                "ygap": 1,
+                "colorscale": [[0, "--frozen"], [1, "--dw"]],
+                "showscale": False,
+                "hoverongaps": False,
+                "customdata": hover,
+                "hovertemplate": "%{text}<br>%{customdata}<extra></extra>",
+            }
+        ],
+        "layout": {
+            "height": 90 + rows * (20 if rows <= 20 else 14),
+            "hovermode": "closest",
+            "xaxis": {
+                "title": {"text": "layers: loss left, input right", "standoff": 8},
+                "tickvals": ticks,
+                "ticktext": [text(short[column]) for column in ticks],
+                "tickangle": 0,
+                "showgrid": False,
+                "zeroline": False,
+                "range": [-0.5, columns - 0.5],
+            },
+            "yaxis": {
+                "tickvals": list(range(rows)),
+                "ticktext": [text(kind, _TICK_LENGTH) for kind in grid.kinds],
+                "showgrid": False,
+                "zeroline": False,
+                "range": [rows - 0.5, -0.5],
+                "fixedrange": True,
+            },
+        },
+    }
+
+
+def _without_common_start(layer: str, layers: Sequence[str]) -> str:
+    """A layer's path after the modules that all paths begin with: an axis has room for little."""
+    paths = [other.split(".") for other in layers]
+    common = 0
+    while all(len(path) > common + 1 and path[common] == paths[0][common] for path in paths):
+        common += 1
+    return ".".join(layer.split(".")[common:]) or "root"
+
+
+def _bars(bars: Sequence[_Bar], places: list[int], values: list[int], axis: str, label: str, colour: str) -> Figure:
     return {
         "type": "bar",
         "x": [place + 1 for place in places],
@@ -163,7 +357,7 @@ def _bars(
         "yaxis": axis,
         "width": 0.8,
         "marker": {"color": colour},
-        "customdata": [text(tensors[place].name) for place in places],
+        "customdata": [bars[place].label for place in places],
         "hovertemplate": f"%{{customdata}}<br>{label} %{{y:.3s}}FLOP<extra></extra>",
     }
 
@@ -179,10 +373,6 @@ def _line(steps: Sequence[StepRow], values: Sequence[float | None], axis: str, c
         "marker": {"color": colour},
         "hovertemplate": f"{hover}<extra></extra>",
     }
-
-
-def _top(summary: Summary, which: str) -> int | None:
-    return _scale_top([getattr(tensor, f"{which}_flops") for tensor in summary.tensors])
 
 
 def _scale_top(values: Sequence[int]) -> int | None:
@@ -221,19 +411,20 @@ def _flops_axis(top: int | None) -> Figure:
     return axis if top is None else {**axis, "range": [0, top]}
 
 
-def _depth_axis(tensors: Sequence[TensorRow]) -> Figure:
+def _depth_axis(bars: Sequence[_Bar]) -> Figure:
     """Ticks where a layer begins."""
     starts: list[tuple[int, str]] = []
-    for place, tensor in enumerate(tensors, start=1):
-        group = module_group(tensor.module)
+    for place, bar in enumerate(bars, start=1):
+        group = module_group(bar.module)
         if not starts or starts[-1][1] != group:
             starts.append((place, group))
     ticks = evenly(starts, _MOST_TICKS)
     return {
         "title": {"text": "tensors in backward order: loss left, input right", "standoff": 8},
         "tickvals": [place for place, _ in ticks],
-        "ticktext": [text(shorten(".".join(group.split(".")[-2:]), 18)) for _, group in ticks],
-        "range": [0.4, len(tensors) + 0.6],
+        "ticktext": [text(".".join(group.split(".")[-2:]), 18) for _, group in ticks],
+        "tickangle": 0,
+        "range": [0.4, len(bars) + 0.6],
         "showgrid": False,
     }
 

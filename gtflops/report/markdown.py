@@ -3,10 +3,12 @@
 import re
 from collections.abc import Iterable, Iterator
 
+from gtflops.report.budgets import BudgetCurve
 from gtflops.report.summary import CONVENTIONS, Summary, evenly, shape_text, share, visible
 
-#: Rows of the table of steps, which is a picture of the course; the JSON report has every step.
+#: Rows of the tables of steps and budgets, which are a picture of the course; the JSON report has them all.
 STEPS_SHOWN = 25
+BUDGETS_SHOWN = 12
 
 # Within a word, as most names have it, an underscore means nothing.
 _SPECIAL = re.compile(r"[\\`*{}\[\]<>|&~$#]|(?<![^\W_])_|_(?![^\W_])")
@@ -48,14 +50,7 @@ def _document(summary: Summary) -> Iterator[str]:
             for row in summary.modules
         ),
     )
-    if summary.selection is not None:
-        yield "## What is selected\n"
-        yield from _facts(summary.selection.facts())
-    if summary.training is not None:
-        yield from _training(summary)
-    yield "## Tensors, in backward order\n"
-    yield from _tensors(summary)
-    yield "## Operators\n"
+    yield "### By operator\n"
     yield from _table(
         ("Operator", "Kind", "Calls", "Forward", "Backward", "Of which matrix products", "Share of a full step"),
         (
@@ -71,7 +66,43 @@ def _document(summary: Summary) -> Iterator[str]:
             for row in summary.operators
         ),
     )
+    yield "### By tensor, in backward order\n"
+    yield from _tensors(summary)
+    if summary.budgets is not None:
+        yield from _budgets(summary, summary.budgets)
+    if summary.selection is not None:
+        yield "## What is selected\n"
+        yield from _facts(summary.selection.facts())
+    if summary.training is not None:
+        yield from _training(summary)
     yield from _uncertain(summary)
+
+
+def _budgets(summary: Summary, curve: BudgetCurve) -> Iterator[str]:
+    yield "## What a budget buys\n"
+    if curve.bought == "elements":
+        yield "No importances were given: this is how many elements of tensors each budget can train at most.\n"
+    else:
+        yield "The most importance that a step within each budget can train, with no other condition.\n"
+    points = evenly(curve.points, BUDGETS_SHOWN)
+    if len(points) < len(curve.points):
+        yield f"{len(points)} of {len(curve.points):,} budgets:\n"
+    captured = ("Importance captured",) if curve.bought == "importance" else ()
+    yield from _table(
+        ("Budget", "FLOPs of a step", *captured, "Tensors", "Parameters", "Share", "Proven"),
+        (
+            (
+                share(point.budget_flops, summary.cost.full.all),
+                f"{point.flops:,}",
+                *(f"{point.captured:.1%}" for _ in captured),
+                f"{point.tensors:,}",
+                f"{point.numel:,}",
+                share(point.numel, summary.numel),
+                "yes" if point.optimal else "no",
+            )
+            for point in points
+        ),
+    )
 
 
 def _training(summary: Summary) -> Iterator[str]:
@@ -112,17 +143,18 @@ def _training(summary: Summary) -> Iterator[str]:
 
 
 def _tensors(summary: Summary) -> Iterator[str]:
-    header = ["#", "Tensor", "Shape", "Type", "Parameters", "t_dw", "t_dy", "t_dy so far", "Trained alone", "Share"]
+    header = ["#", "Tensor", "Shape", "Type", "Parameters", "t_dw", "t_dy", "t_dy so far"]
+    if summary.has_alone:
+        header += ["Trained alone", "Share"]
     if summary.selection is not None:
         header += ["Importance", "Trained"]
     rows = []
     for position, tensor in enumerate(summary.tensors, start=1):
         row = [str(position), name(tensor.name), shape_text(tensor.shape), tensor.dtype, f"{tensor.numel:,}"]
-        costs = (tensor.dw_flops, tensor.dy_flops, tensor.cumulative_dy_flops, tensor.alone_flops)
-        if tensor.has_gradient:
-            row += [*(f"{cost:,}" for cost in costs), f"{tensor.alone_share:.1%}"]
-        else:
-            row += ["no gradient", "", "", "", ""]
+        costs = (tensor.dw_flops, tensor.dy_flops, tensor.cumulative_dy_flops)
+        row += [f"{cost:,}" for cost in costs] if tensor.has_gradient else ["no gradient", "", ""]
+        if summary.has_alone:
+            row += [f"{tensor.alone_flops:,}", f"{tensor.alone_share:.1%}"] if tensor.has_gradient else ["", ""]
         if summary.selection is not None:
             row += [f"{tensor.importance:.4g}", "yes" if tensor.selected else "no"]
         rows.append(row)

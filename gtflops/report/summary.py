@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,8 @@ from gtflops.errors import InputError
 from gtflops.graph import GETITEM, Phase
 from gtflops.operators import TensorType, lookup
 from gtflops.profiling import Profile, UnsupportedOperator
+from gtflops.report.budgets import BudgetCurve
+from gtflops.report.grid import Grid
 from gtflops.selection import Selection
 from gtflops.units import FLOPS_PER_MAC, format_flops, format_seconds
 
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 FORMAT = "gtflops-report"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+#: With more tensors, what a step costs that trains one alone would take longer than all else of a report.
+_MOST_ALONE = 5_000
 
 CONVENTIONS = (
     f"A FLOP is one floating-point addition or multiplication; a multiply-add (MAC) is {FLOPS_PER_MAC} FLOPs.",
@@ -124,7 +130,8 @@ class ModuleCost:
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """A tensor in backward order; ``selected`` and ``importance`` are ``None`` without a selection."""
+    """A tensor in backward order; ``selected`` and ``importance`` are ``None`` without a selection, ``alone_flops`` and
+    ``alone_share`` in models of very many tensors."""
 
     name: str
     module: str
@@ -134,8 +141,8 @@ class TensorRow:
     dw_flops: int
     dy_flops: int
     cumulative_dy_flops: int
-    alone_flops: int
-    alone_share: float
+    alone_flops: int | None
+    alone_share: float | None
     has_gradient: bool
     selected: bool | None
     importance: float | None
@@ -263,12 +270,15 @@ class TrainingSummary:
             ("Loss, first and last step", f"{losses[0]:.4g}, {losses[-1]:.4g}" if losses else "none"),
             ("Training steps, planned", f"{self.planned_flops:,} FLOP"),
             ("Training steps, executed", executed),
-            ("Selections", f"{len(self.selections):,}, measured with {format_flops(self.measuring_flops)} on top"),
+            ("Selections", f"{len(self.selections):,}{self._measuring()}"),
             *self._drop(),
             ("Time", format_seconds(self.seconds)),
             *self._energy(),
             *(() if self.stopped is None else (("Ended early", self.stopped),)),
         )
+
+    def _measuring(self) -> str:
+        return f", measured with {format_flops(self.measuring_flops)} on top" if self.measuring_flops else ""
 
     def _drop(self) -> tuple[tuple[str, str], ...]:
         drops = [
@@ -292,7 +302,7 @@ class TrainingSummary:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Summary:
     """A report. ``tensors`` stand in backward order, ``operators`` by falling cost, ``modules`` as they first run."""
 
@@ -308,10 +318,21 @@ class Summary:
     unsupported: tuple[UnsupportedOperator, ...]
     versions: Mapping[str, str]
     compiled: CompiledSummary | None
+    budgets: BudgetCurve | None = None
 
     @property
     def numel(self) -> int:
         return sum(tensor.numel for tensor in self.tensors)
+
+    @cached_property
+    def grid(self) -> Grid:
+        """Where each tensor lies in maps of the model."""
+        return Grid.of([tensor.name for tensor in self.tensors])
+
+    @property
+    def has_alone(self) -> bool:
+        """Whether the tensors say what a step costs that trains them alone."""
+        return len(self.tensors) <= _MOST_ALONE
 
     def headline(self) -> str:
         """The answer in one sentence."""
@@ -354,6 +375,7 @@ class Summary:
             "modules": [{"name": row.name, "numel": row.numel, "flops": row.cost.to_json()} for row in self.modules],
             "tensors": [{**_fields(row), "shape": list(row.shape)} for row in self.tensors],
             "compiled": None if self.compiled is None else self.compiled.to_json(),
+            "budgets": None if self.budgets is None else self._budgets_json(self.budgets),
             "selection": None if self.selection is None else _fields(self.selection),
             "training": None if self.training is None else self._training_json(self.training),
             "notes": list(self.notes),
@@ -361,6 +383,11 @@ class Summary:
             "versions": dict(self.versions),
             "conventions": list(CONVENTIONS),
         }
+
+    @staticmethod
+    def _budgets_json(curve: BudgetCurve) -> dict[str, Any]:
+        points = [{**_fields(point), "trains": point.positions()} for point in curve.points]
+        return {"bought": curve.bought, "points": points}
 
     def _training_json(self, training: TrainingSummary) -> dict[str, Any]:
         return {
@@ -381,7 +408,10 @@ class Summary:
 
 
 def summarise(profile: Profile, selection: Selection | None = None, log: "TrainingLog | None" = None) -> Summary:
-    """One pass over the graph of a profile, with what was selected and trained if it is given."""
+    """One pass over the graph of a profile, with what was selected and trained if it is given.
+
+    ``budgets``, which takes longer than all else, is left to who needs it: :func:`gtflops.report.budgets.budget_curve`.
+    """
     if selection is None and log is not None and log.selections:
         selection = log.selections[-1].selection
     given = [] if selection is None else [selection]
@@ -493,7 +523,7 @@ def module_group(module: str) -> str:
 
 
 def _tensors(profile: Profile, selection: Selection | None) -> tuple[TensorRow, ...]:
-    alone = profile.alone_flops.tolist()
+    alone = profile.alone_flops.tolist() if len(profile.tensors) <= _MOST_ALONE else None
     return tuple(
         TensorRow(
             name=tensor.name,
@@ -504,8 +534,8 @@ def _tensors(profile: Profile, selection: Selection | None) -> tuple[TensorRow, 
             dw_flops=tensor.dw_flops,
             dy_flops=tensor.dy_flops,
             cumulative_dy_flops=cumulative,
-            alone_flops=alone[position],
-            alone_share=alone[position] / profile.full_flops if profile.full_flops else 0.0,
+            alone_flops=None if alone is None else alone[position],
+            alone_share=None if alone is None else alone[position] / (profile.full_flops or 1),
             has_gradient=tensor.has_gradient,
             selected=None if selection is None else bool(selection.mask[position]),
             importance=None if selection is None else float(selection.importance[tensor.name]),
@@ -519,6 +549,7 @@ def _tensors(profile: Profile, selection: Selection | None) -> tuple[TensorRow, 
 def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
     chosen = [tensor for tensor, selected in zip(profile.tensors, selection.mask, strict=True) if selected]
     dw = sum(tensor.dw_flops for tensor in chosen)
+    forward = profile.step_flops(selection.mask).forward
     return SelectionSummary(
         tensors=len(chosen),
         all_tensors=len(profile.tensors),
@@ -528,8 +559,8 @@ def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
         budget_flops=selection.budget_flops,
         budget_seconds=selection.budget_seconds,
         full_flops=profile.full_flops,
-        forward_flops=profile.forward_flops,
-        dy_flops=selection.flops - profile.forward_flops - dw,
+        forward_flops=forward,
+        dy_flops=selection.flops - forward - dw,
         dw_flops=dw,
         flops=selection.flops,
         seconds=selection.seconds,

@@ -47,7 +47,7 @@ def profile_tables(profile: Profile, top: int = 10) -> Group:
     )
     for tensor in sorted(summary.tensors, key=lambda tensor: -(tensor.dw_flops + tensor.dy_flops))[:top]:
         costs = (tensor.dw_flops, tensor.dy_flops, tensor.alone_flops)
-        tensors.add_row(_name(tensor.name), *(format_flops(cost) for cost in costs))
+        tensors.add_row(_name(tensor.name), *("" if cost is None else format_flops(cost) for cost in costs))
 
     again = ("Recomputed",) if summary.cost.recompute.all else ()
     operators = _table(
