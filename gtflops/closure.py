@@ -1,7 +1,7 @@
 """What autograd executes for a selection: the closure of its gradients among the operators after the forward pass."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,9 @@ class Segments:
     """Operators after the forward pass, merged by the set of tensors that need them.
 
     ``needed_by[s]`` has bit k set where tensor k (in backward order) needs segment s. ``costs`` is int64
-    [4, segments]: backward matrix products and the rest, then the same of what is recomputed; ``always``, int64 [4], is
-    the cost of what runs whatever is trained, which is in no segment. Segments stand in an order in which each
+    [4, segments]: backward matrix products and the rest, then the same of what is recomputed, and a fifth row for the
+    forward pass where part of it is needed by some tensors only; ``always``, int64 [4], is the cost of what runs
+    whatever is trained, which is in no segment. Segments stand in an order in which each
     depends on earlier ones only.
     """
 
@@ -128,6 +129,26 @@ class Segments:
             (own if tensors == 1 << nearest else shared)[nearest] += cost
         own.flags.writeable = shared.flags.writeable = False
         return own, shared
+
+    def with_forward(self, flops: Mapping[int, int]) -> "Segments":
+        """The same, and forward operators among them: what they cost, by the set of tensors that need them."""
+        segment_of = {tensors: segment for segment, tensors in enumerate(self.needed_by)}
+        more = [tensors for tensors in flops if tensors not in segment_of]
+        segment_of |= {tensors: len(self.needed_by) + i for i, tensors in enumerate(more)}
+        costs = np.zeros((5, len(segment_of)), dtype=np.int64)
+        costs[:4, : len(self.needed_by)] = self.costs
+        for tensors, cost in flops.items():
+            costs[4, segment_of[tensors]] = cost
+        return replace(
+            self,
+            needed_by=(*self.needed_by, *more),
+            dependencies=(*self.dependencies, *(() for _ in more)),
+            gradient_of=tuple(
+                (*segments, *(segment_of[tensors] for tensors in more if tensors >> position & 1))
+                for position, segments in enumerate(self.gradient_of)
+            ),
+            costs=costs,
+        )
 
     def closure_costs(self) -> _core.ClosureCosts:
         """The C++ object that answers queries."""
