@@ -1,7 +1,7 @@
 """What autograd executes for a selection: the closure of its gradients among the operators after the forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -74,8 +74,9 @@ class Segments:
     """Operators after the forward pass, merged by the set of tensors that need them.
 
     ``needed_by[s]`` has bit k set where tensor k (in backward order) needs segment s. ``costs`` is int64
-    [4, segments]: backward matrix products and the rest, then the same of what is recomputed; ``always``, int64 [4], is
-    the cost of what runs whatever is trained, which is in no segment. Segments stand in an order in which each
+    [4, segments]: backward matrix products and the rest, then the same of what is recomputed, and a fifth row for the
+    forward pass where part of it is needed by some tensors only; ``always``, int64 [4], is the cost of what runs
+    whatever is trained, which is in no segment. Segments stand in an order in which each
     depends on earlier ones only.
     """
 
@@ -126,6 +127,27 @@ class Segments:
             (own if tensors == 1 << nearest else shared)[nearest] += cost
         own.flags.writeable = shared.flags.writeable = False
         return own, shared
+
+    def with_forward(self, pieces: Sequence[tuple[int, int]]) -> "Segments":
+        """The same, and pieces of the forward pass among them: for each the tensors that need it, and its cost."""
+        segment_of = {_digest(tensors): segment for segment, tensors in enumerate(self.needed_by)}
+        places = [segment_of.setdefault(_digest(tensors), len(segment_of)) for tensors, _ in pieces]
+        new = {
+            place: tensors for place, (tensors, _) in zip(places, pieces, strict=True) if place >= len(self.needed_by)
+        }
+        costs = np.zeros((5, len(segment_of)), dtype=np.int64)
+        costs[:4, : len(self.needed_by)] = self.costs
+        np.add.at(costs[4], np.array(places, dtype=np.intp), np.array([cost for _, cost in pieces], dtype=np.int64))
+        return replace(
+            self,
+            needed_by=(*self.needed_by, *new.values()),
+            dependencies=(*self.dependencies, *(() for _ in new)),
+            gradient_of=tuple(
+                (*segments, *(place for place, tensors in new.items() if tensors >> position & 1))
+                for position, segments in enumerate(self.gradient_of)
+            ),
+            costs=costs,
+        )
 
     def closure_costs(self) -> _core.ClosureCosts:
         """The C++ object that answers queries."""

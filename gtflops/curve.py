@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gtflops.errors import InputError
 from gtflops.forms import CostName, FormName, Solution
 from gtflops.problem import Granularity, Patterns, Problem, limit_of
-from gtflops.profiling import Profile
+from gtflops.profiling import Profile, Reuse
 from gtflops.selection import Selection, selection_of
 
 BUDGETS = 256
@@ -86,6 +86,8 @@ def frontier(
     must_freeze: Patterns = (),
     max_elements: int | None = None,
     cost: CostName = "flops",
+    reuse: Reuse | None = None,
+    epochs_left: int | None = None,
     allow_unsupported: bool = False,
 ) -> Frontier:
     """The best selection at many budgets: how much importance each amount of FLOPs buys.
@@ -116,6 +118,8 @@ def frontier(
         must_freeze=must_freeze,
         max_elements=max_elements,
         cost=cost,
+        reuse=reuse,
+        epochs_left=epochs_left,
         allow_unsupported=allow_unsupported,
     )
     limits = _limits(problem, budgets)
@@ -130,7 +134,7 @@ def frontier(
     masks = np.array([solution.mask for solution in solutions], dtype=np.bool_)
     arrays = (
         np.array(limits, dtype=np.int64),
-        profile.step_flops_of_many(masks).sum(axis=1),
+        np.array([profile.form("flops", problem.epochs_left).total(mask) for mask in masks], dtype=np.int64),
         np.array([solution.value for solution in solutions]),
         np.array([solution.upper_bound for solution in solutions]),
         np.array([solution.optimal for solution in solutions], dtype=np.bool_),

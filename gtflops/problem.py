@@ -15,12 +15,13 @@ import numpy.typing as npt
 from gtflops.element_limit import ROUNDING, solve_limited
 from gtflops.errors import InfeasibleBudgetError, InputError
 from gtflops.forms import CostName, Form, FormName, GraphForm, Solution, fill
-from gtflops.profiling import Profile
+from gtflops.profiling import Profile, Reuse
 from gtflops.units import format_flops, format_seconds
 
 Granularity: TypeAlias = Literal["tensor", "layer"]
 Patterns: TypeAlias = "str | Iterable[str]"
 
+_MANY_EPOCHS = 10**9
 _LARGEST = float(np.finfo(np.float64).max)
 _RUNS_ALWAYS = "what runs whatever is trained, input gradients included (model.disable_input_require_grads() ends them)"
 
@@ -37,6 +38,7 @@ class Problem:
     profile: Profile
     importance: Mapping[str, float]
     cost: CostName
+    epochs_left: int | None
     form_name: FormName
     granularity: Granularity
     max_elements: int | None
@@ -58,6 +60,8 @@ class Problem:
         must_freeze: Patterns = (),
         max_elements: int | None = None,
         cost: CostName = "flops",
+        reuse: Reuse | None = None,
+        epochs_left: int | None = None,
         allow_unsupported: bool = False,
     ) -> "Problem":
         """Arguments and errors are those of :func:`gtflops.select`."""
@@ -66,7 +70,8 @@ class Problem:
         _require_one_of("form", form, FormName)
         _require_one_of("granularity", granularity, Granularity)
         max_elements = None if max_elements is None else _positive_integer("max_elements", max_elements)
-        whole = exact_form(profile, cost)
+        epochs_left = _epochs_left(reuse, epochs_left)
+        whole = exact_form(profile, cost, epochs_left)
         values = _values(profile, importance)
         forced = _matching(profile.names, "must_train", must_train)
         frozen = _matching(profile.names, "must_freeze", must_freeze)
@@ -85,7 +90,18 @@ class Problem:
         if granularity == "layer":
             left = left.merged(item_of)
         problem = cls(
-            profile, dict(importance), cost, form, granularity, max_elements, values, forced, item_of, worth, left
+            profile,
+            dict(importance),
+            cost,
+            epochs_left,
+            form,
+            granularity,
+            max_elements,
+            values,
+            forced,
+            item_of,
+            worth,
+            left,
         )
         problem._require_something_to_train()
         return problem
@@ -106,7 +122,7 @@ class Problem:
         if not chosen.any() and not self._forced_train:
             raise self._infeasible(limit)
         mask = self.forced | chosen[self.item_of]
-        cost = exact_form(self.profile, self.cost).total(mask)
+        cost = self.exact.total(mask)
         if cost > limit:
             raise AssertionError(f"a selection of {cost} exceeds its limit of {limit} ({self.cost})")
         value = math.fsum(self.values[mask])
@@ -115,6 +131,11 @@ class Problem:
         rounding = ROUNDING * math.fsum(abs(self.values))
         bound = best.upper_bound + math.fsum(self.values[self.forced]) + rounding
         return Solution(mask, value, max(value, bound), optimal=False)
+
+    @property
+    def exact(self) -> GraphForm:
+        """All tensors, at their exact cost."""
+        return exact_form(self.profile, self.cost, self.epochs_left)
 
     @cached_property
     def smallest(self) -> int:
@@ -168,9 +189,11 @@ class Problem:
 
     def _infeasible(self, limit: int) -> InfeasibleBudgetError:
         assert limit < self.smallest
-        always, full = exact_form(self.profile, self.cost).base, self.full
+        always, full = self.exact.base, self.full
         if limit < always:
             runs = _RUNS_ALWAYS if self.profile.step_flops("none").backward else "the forward pass alone"
+            if self.epochs_left is not None:
+                runs += f", its blocks run in one of {self.epochs_left} epochs"
             reason = f"is below {runs} ({always / full:.4f} of a full step)"
         elif self._forced_train:
             reason = "leaves too little for what must train"
@@ -187,14 +210,26 @@ class Problem:
             given, exact = format_seconds(limit / 1e9), f"budget_seconds={self.smallest / 1e9!r}"
         return InfeasibleBudgetError(
             f"budget {limit / full:.4f} ({given}) {reason}; the smallest feasible budget for this model and batch is "
-            f"{least:.4f} ({exact})"
+            f"{least:.4f} ({exact}){self._other_floor()}"
         )
 
+    def _other_floor(self) -> str:
+        """What a step costs whatever is trained, with reuse in the limit of many epochs and without."""
+        without = exact_form(self.profile, self.cost).base / self.full
+        with_reuse = exact_form(self.profile, self.cost, _MANY_EPOCHS).base / self.full
+        if self.epochs_left is not None:
+            return f"; without reuse, {without:.4f} is paid whatever is trained"
+        if with_reuse < without:
+            return (
+                f"; reuse='prefix' lowers what is paid whatever is trained from {without:.4f} down to {with_reuse:.4f}"
+            )
+        return ""
 
-def exact_form(profile: Profile, cost: CostName) -> GraphForm:
+
+def exact_form(profile: Profile, cost: CostName, epochs_left: int | None = None) -> GraphForm:
     """The problem over all tensors of a profile, at its exact cost. InputError without such a cost."""
     _require_one_of("cost", cost, CostName)
-    return profile.flops_form if cost == "flops" else profile.time_form
+    return profile.form(cost, epochs_left)
 
 
 def full_cost(profile: Profile, cost: CostName) -> int:
@@ -231,6 +266,18 @@ def limit_of(
     if not _is_number(share) or not 0 < share <= 1:
         raise InputError(f"budget is {share!r}, expected a share of a full step in (0, 1]")
     return part_of(share, full_cost(profile, cost))
+
+
+def _epochs_left(reuse: Reuse | None, epochs_left: int | None) -> int | None:
+    """How many epochs share what the first one stores, or ``None`` where nothing is reused."""
+    if reuse is None:
+        if epochs_left is not None:
+            raise InputError(f"epochs_left={epochs_left!r} given without reuse='prefix', which alone depends on it")
+        return None
+    _require_one_of("reuse", reuse, Reuse)
+    if epochs_left is None:
+        raise InputError("reuse='prefix' pays by the epochs that are left: expected epochs_left, such as epochs_left=5")
+    return _positive_integer("epochs_left", epochs_left)
 
 
 def part_of(share: float, whole: int) -> int:

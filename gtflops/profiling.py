@@ -10,17 +10,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from gtflops import _core
+from gtflops.blocks import Block, blocks, boundary_bytes, skipped
 from gtflops.closure import AFTER_FORWARD, CopiedByFields, Segments, needed_by, saved_bytes
 from gtflops.compiled import CompiledStep
 from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
 from gtflops.files import write_whole
-from gtflops.forms import GraphForm
+from gtflops.forms import CostName, GraphForm
 from gtflops.graph import GETITEM, Graph, Phase
 from gtflops.operators import Flops, FlopsByOutput, price
 from gtflops.shapes import Shapes, Sizes, Traced
@@ -44,6 +45,7 @@ TIMED = "operators were timed "  # so begins the note of what ``nanoseconds`` we
 _STEP = (Phase.FORWARD, *AFTER_FORWARD)  # phases in which operators run
 
 Ops: TypeAlias = Literal["all", "matmul"]
+Reuse: TypeAlias = Literal["prefix"]
 
 
 @runtime_checkable
@@ -87,6 +89,24 @@ class StepFlops:
     @property
     def total(self) -> int:
         return self.forward + self.backward + self.recompute
+
+
+@dataclass(frozen=True, slots=True)
+class ReusedStep(StepFlops):
+    """FLOPs of one training step in which the activations below the trained tensors are read from a store.
+
+    ``blocks``, by the path of their module, are not run; ``stored`` is what their forward pass costs, in the first
+    epoch only; ``cache_bytes`` what has to be stored of them for this batch.
+    """
+
+    stored: int
+    cache_bytes: int
+    blocks: tuple[str, ...]
+
+    @property
+    def first(self) -> int:
+        """FLOPs of the step in the first epoch, which fills the store."""
+        return self.total + self.stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,36 +266,92 @@ class Profile(CopiedByFields):
     def _closure(self) -> _core.ClosureCosts:
         return self._segments.closure_costs()
 
-    @cached_property
-    def flops_form(self) -> GraphForm:
-        """The problem of choosing tensors within a limit of FLOPs, as the solver takes it."""
-        return GraphForm.of(int(self._forward.sum() + self._segments.always.sum()), self._segments)
+    def form(self, cost: CostName, epochs_left: int | None = None) -> GraphForm:
+        """The problem of choosing tensors within a limit of FLOPs or nanoseconds, as the solver takes it.
 
-    @cached_property
-    def time_form(self) -> GraphForm:
-        """The problem of choosing tensors within a limit of nanoseconds. InputError where they were not measured."""
-        if self.nanoseconds is None:
+        With ``epochs_left``, each example's activations below the trained tensors are stored in the first of so many
+        epochs and read in the others, and costs are those of a step on average, rounded up by less than 1 a block.
+        InputError where times are asked for that were not measured.
+        """
+        key = cost, epochs_left
+        if key not in self._forms:
+            self._forms[key] = self._form(cost, epochs_left)
+        return self._forms[key]
+
+    def _form(self, cost: CostName, epochs_left: int | None) -> GraphForm:
+        if cost == "flops":
+            prices, segments = self.prices, self._segments
+        elif self.nanoseconds is not None:
+            prices = np.stack([self.nanoseconds, np.zeros_like(self.nanoseconds)])
+            segments = Segments.of(self.graph, self.names, self.needed_by, prices)
+        else:
             raise InputError(
                 f"this profile of {self.graph.model} has no times: gtflops.measure_time(profile, device) measures them"
             )
-        times = np.stack([self.nanoseconds, np.zeros_like(self.nanoseconds)])
-        segments = Segments.of(self.graph, self.names, self.needed_by, times)
-        return GraphForm.of(int(self.nanoseconds[self._in_forward].sum() + segments.always.sum()), segments)
+        base = int(prices[:, self._in_forward].sum() + segments.always.sum())
+        if epochs_left is None:
+            return GraphForm.of(base, segments)
+        saved: list[
+            tuple[int, int]
+        ] = []  # for each block the tensors that need it in every epoch, and what else it saves
+        for block in self.blocks:
+            if not block.depends_on >> len(self.names):
+                flops = int(prices[:, block.nodes].sum())
+                saved.append((block.depends_on, flops - -(-flops // epochs_left)))
+        return GraphForm.of(base - sum(flops for _, flops in saved), segments.with_forward(saved))
 
-    def step_flops(self, trainable: Trainable, ops: Ops = "all") -> StepFlops:
+    @cached_property
+    def _forms(self) -> dict[tuple[CostName, int | None], GraphForm]:
+        return {}
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the forward pass, in its order: :func:`gtflops.blocks.blocks`."""
+        return blocks(self.graph, self.names, self.prices)
+
+    @overload
+    def step_flops(self, trainable: Trainable, ops: Ops = "all", *, reuse: None = None) -> StepFlops: ...
+
+    @overload
+    def step_flops(self, trainable: Trainable, ops: Ops = "all", *, reuse: Reuse) -> ReusedStep: ...
+
+    def step_flops(self, trainable: Trainable, ops: Ops = "all", *, reuse: Reuse | None = None) -> StepFlops:
         """FLOPs of one training step in which exactly ``trainable`` receives gradients.
 
         ``ops="matmul"`` counts matrix products and convolutions only, PyTorch's own convention (products of a matrix
         and a vector, which PyTorch's counter leaves out, included); ``"all"`` everything that has a price (see
         ``unsupported``). Time is linear in the number of distinct stretches of the backward pass: some
         ten microseconds. InputError for a name that the profile does not have or a mask of the wrong length.
+
+        ``reuse="prefix"`` is the step of a later epoch, where blocks that no trained tensor stands below are not run:
+        what they give for an example was stored in the first epoch. Dropout is off in them then; where it was on in
+        the trace, ``stored`` has its few FLOPs all the same.
+
+        >>> import gtflops
+        >>> profile = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)
+        >>> step = profile.step_flops(["model.decoder.layers.11.fc2.weight"], ops="matmul", reuse="prefix")
+        >>> len(step.blocks), step.cache_bytes == 4 * 128 * 768 * 4  # one activation of 768 float32 a token
+        (11, True)
+        >>> step.forward + step.stored == profile.step_flops("none", ops="matmul").forward
+        True
         """
         _checked(ops)
-        matmul, other, matmul_again, other_again = self._closure.cost(self.mask(trainable)) + self._segments.always
-        forward_matmul, forward_other = self._forward
-        if ops == "matmul":
-            return StepFlops(int(forward_matmul), int(matmul), int(matmul_again))
-        return StepFlops(int(forward_matmul + forward_other), int(matmul + other), int(matmul_again + other_again))
+        mask = self.mask(trainable)
+        matmul, other, matmul_again, other_again = self._closure.cost(mask) + self._segments.always
+        rows = slice(1) if ops == "matmul" else slice(2)
+        forward = int(self._forward[rows].sum())
+        backward, recompute = (
+            (matmul, matmul_again) if ops == "matmul" else (matmul + other, matmul_again + other_again)
+        )
+        if reuse is None:
+            return StepFlops(forward, int(backward), int(recompute))
+        if reuse != "prefix":
+            raise InputError(f"reuse is {reuse!r}, expected 'prefix' or None")
+        left_out = skipped(self.blocks, self._bits(mask) | 1 << len(self.names))
+        stored = sum(int(self.prices[rows, block.nodes].sum()) for block in left_out)
+        names = tuple(block.name for block in left_out)
+        size = boundary_bytes(self.graph, left_out)
+        return ReusedStep(forward - stored, int(backward), int(recompute), stored, size, names)
 
     def step_flops_of_many(self, trainables: npt.NDArray[np.bool_], ops: Ops = "all") -> npt.NDArray[np.int64]:
         """FLOPs of a step for many selections at once: int64 [selections, 3], forward, backward and recompute.
@@ -313,7 +389,7 @@ class Profile(CopiedByFields):
         the sum leaves out. As fast as :meth:`step_flops`. InputError for a profile without times and as
         :meth:`step_flops`.
         """
-        return self.time_form.total(self.mask(trainable)) / 1e9
+        return self.form("time").total(self.mask(trainable)) / 1e9
 
     def activation_bytes(self, trainable: Trainable) -> int:
         """Bytes that autograd keeps from the forward pass for the backward, when exactly ``trainable`` trains.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gtflops.forms import CostName, FormName, Solution
 from gtflops.problem import Granularity, Patterns, Problem, limit_of
-from gtflops.profiling import HasParameters, Profile
+from gtflops.profiling import HasParameters, Profile, Reuse
 from gtflops.units import format_flops
 
 Model = TypeVar("Model", bound=HasParameters)
@@ -20,7 +20,8 @@ Model = TypeVar("Model", bound=HasParameters)
 class Selection:
     """The tensors to train, what a step with them costs, and how good the choice is.
 
-    ``mask`` is a bool array aligned with ``profile.tensors``; ``flops`` the exact cost of a step. Either
+    ``mask`` is a bool array aligned with ``profile.tensors``; ``flops`` the exact cost of a step, with reuse on average
+    over ``epochs_left``, rounded up (``profile.step_flops(selection.mask, reuse="prefix")`` has the parts). Either
     ``budget_flops`` or ``budget_seconds`` says what the step may cost, and it costs no more. ``value`` is the sum of
     the selected importances, and ``upper_bound`` what no selection under the same conditions exceeds (equal to
     ``value`` where ``optimal``).
@@ -35,6 +36,7 @@ class Selection:
     upper_bound: float
     optimal: bool
     budget_seconds: float | None = None
+    epochs_left: int | None = None
 
     def __repr__(self) -> str:
         share = self.flops / self.profile.full_flops
@@ -56,7 +58,9 @@ class Selection:
     @property
     def seconds(self) -> float | None:
         """What a step takes by the measured times of its operators; ``None`` for a profile without."""
-        return None if self.profile.nanoseconds is None else self.profile.step_seconds(self.mask)
+        if self.profile.nanoseconds is None:
+            return None
+        return self.profile.form("time", self.epochs_left).total(self.mask) / 1e9
 
     @property
     def importance_captured(self) -> float:
@@ -87,6 +91,7 @@ class Selection:
             "flops": self.flops,
             "full_flops": self.profile.full_flops,
             "seconds": self.seconds,
+            "epochs_left": self.epochs_left,
             "value": self.value,
             "upper_bound": self.upper_bound,
             "optimal": self.optimal,
@@ -110,6 +115,7 @@ class Selection:
             upper_bound=data["upper_bound"],
             optimal=data["optimal"],
             budget_seconds=data["budget_seconds"],
+            epochs_left=data["epochs_left"],
         )
 
 
@@ -126,6 +132,8 @@ def select(
     must_freeze: Patterns = (),
     max_elements: int | None = None,
     cost: CostName = "flops",
+    reuse: Reuse | None = None,
+    epochs_left: int | None = None,
     allow_unsupported: bool = False,
 ) -> Selection:
     """Choose the tensors of most importance whose training step fits the budget.
@@ -151,6 +159,10 @@ def select(
         max_elements: a limit on the number of elements of all trained tensors, which is what the memory of an
             optimizer is proportional to. With it, the proof may be missing: see ``optimal`` and ``upper_bound``.
         cost: ``"flops"``, or ``"time"`` for a profile with the time of each operator (``gtflops.measure_time``).
+        reuse: ``"prefix"`` where the activations below the trained tensors are stored in the first of ``epochs_left``
+            epochs, and the blocks below them not run in the others. A step then costs the average over these epochs,
+            so that budgets below the forward pass can hold.
+        epochs_left: with ``reuse``, how many epochs are left, the next one included.
         allow_unsupported: count operators without a price as free, instead of refusing them.
 
     Raises:
@@ -178,6 +190,8 @@ def select(
         must_freeze=must_freeze,
         max_elements=max_elements,
         cost=cost,
+        reuse=reuse,
+        epochs_left=epochs_left,
         allow_unsupported=allow_unsupported,
     )
     limit = limit_of(profile, cost, budget, budget_flops, budget_seconds)
@@ -191,9 +205,10 @@ def selection_of(problem: Problem, limit: int, solution: Solution) -> Selection:
         importance=problem.importance,
         mask=solution.mask,
         budget_flops=limit if problem.cost == "flops" else None,
-        flops=problem.profile.step_flops(solution.mask).total,
+        flops=problem.profile.form("flops", problem.epochs_left).total(solution.mask),
         value=solution.value,
         upper_bound=solution.upper_bound,
         optimal=solution.optimal,
         budget_seconds=limit / 1e9 if problem.cost == "time" else None,
+        epochs_left=problem.epochs_left,
     )

@@ -317,7 +317,7 @@ def test_both_limits_in_one_prove_what_branching_does_not(
     assert selection.optimal
     assert selection.flops <= limit
     assert numel[selection.mask].sum() <= max_elements
-    exact = profile.flops_form
+    exact = profile.form("flops")
     graph = (exact.dependencies, exact.item_segments, exact.costs)
     answer = highs_graph(*graph, values, limit - exact.base, 10.0, numel, max_elements)
     assert selection.value <= answer.bound * (1 + 1e-7)
@@ -335,7 +335,7 @@ def test_a_surcharge_is_paid_for_each_item() -> None:
     masks = every_mask(profile)[::7]
     surcharge = np.arange(len(profile.names), dtype=np.int64) * 1000 + 1
     forced = np.arange(len(profile.names)) == 1
-    for form in (profile.flops_form, profile.flops_form.chain, profile.flops_form.paid(forced)):
+    for form in (profile.form("flops"), profile.form("flops").chain, profile.form("flops").paid(forced)):
         charged = form.surcharged(3, surcharge)
         for mask in masks:
             assert charged.total(mask) == 3 * (form.total(mask) - form.base) + surcharge[mask].sum()

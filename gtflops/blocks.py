@@ -1,0 +1,127 @@
+"""The forward pass in blocks: which of it is the same in every epoch, so that it can be stored instead of computed.
+
+A *block* is a module in a list of modules (``model.layers.3``), the outermost of those around an operator. A block that
+depends on no trained tensor gives the same activations for an example in every epoch: what other parts of the step
+take from it is stored in the first pass, and the block is not run again. Dropout is left out in it then.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gtflops.graph import Graph, Phase
+from gtflops.operators import Call
+
+#: Operators that give others each time, besides those of dropout: what depends on them is never constant.
+_RANDOM = re.compile(
+    r"aten\.((rand|randn|randint)(_like)?|randperm|(normal|uniform|exponential|geometric|cauchy|log_normal|random)_?|"
+    r"multinomial|poisson|binomial|rrelu_with_noise|_sample_dirichlet|_standard_gamma)"
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the forward pass.
+
+    ``depends_on`` has bit k set where it depends on tensor k (in backward order), and the bit after the last tensor
+    where it is never constant. ``nodes`` are the indices of its forward operators, without those that only prepare
+    what other blocks take from it besides activations (T5's first block makes the position bias of all): these contain
+    no matrix product, and run in any case.
+    """
+
+    name: str
+    depends_on: int
+    nodes: tuple[int, ...]
+
+
+def block_of(module: str) -> str | None:
+    """The block that a module belongs to, by its path.
+
+    >>> block_of("model.layers.3.mlp.experts.0"), block_of("lm_head")
+    ('model.layers.3', None)
+    """
+    parts = module.split(".")
+    for end, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: end + 1])
+    return None
+
+
+def blocks(graph: Graph, names: Sequence[str], prices: npt.NDArray[np.int64]) -> tuple[Block, ...]:
+    """The blocks of a graph, in the order of the forward pass. Time O(nodes x tensors / 64).
+
+    ``prices`` as of :class:`gtflops.Profile`, int64 [2, nodes]: matrix products and the rest.
+    """
+    nodes = graph.nodes
+    position = {name: k for k, name in enumerate(names) if graph.gradients[name] is not None}
+    never = 1 << len(names)
+    depends_on = [0] * len(nodes)
+    computed = [False] * len(nodes)  # from a matrix product of a block
+    members: dict[str, list[int]] = {}
+    path_of: dict[int, str] = {}
+    for index, node in enumerate(nodes):
+        if node.phase is Phase.PARAMETER and node.name in position:
+            depends_on[index] = 1 << position[node.name]
+        if node.phase is not Phase.FORWARD:
+            continue
+        for source in node.inputs:
+            depends_on[index] |= depends_on[source]
+            computed[index] |= computed[source]
+        if _is_never_constant(node.call):
+            depends_on[index] |= never
+        if (path := block_of(node.module)) is not None:
+            members.setdefault(path, []).append(index)
+            path_of[index] = path
+            computed[index] |= bool(prices[0, index])
+    prepares = _prepared_for_others(graph, path_of, computed)
+    found = []
+    for path, indices in members.items():
+        union = 0
+        for index in indices:
+            union |= depends_on[index]
+        found.append(Block(path, union, tuple(index for index in indices if index not in prepares)))
+    return tuple(found)
+
+
+def skipped(blocks: Iterable[Block], trained: int) -> tuple[Block, ...]:
+    """The blocks that need not be run again for an example where the tensors of these bits are trained."""
+    return tuple(block for block in blocks if not block.depends_on & trained)
+
+
+def boundary_bytes(graph: Graph, left_out: Iterable[Block]) -> int:
+    """Bytes, for the batch that was traced, of what the rest of the forward pass takes from these blocks."""
+    inside = {index for block in left_out for index in block.nodes}
+    taken = {
+        graph.nodes[source].storage
+        for index, node in enumerate(graph.nodes)
+        if index not in inside and node.phase is Phase.FORWARD
+        for source in node.inputs
+        if source in inside
+    }
+    return sum(graph.storage_bytes[storage] for storage in taken if storage is not None)
+
+
+def _is_never_constant(call: Call) -> bool:
+    """Whether an operator gives others each time, or an example's output depends on the others of its batch."""
+    name = call.op.rsplit(".", 1)[0]
+    if "batch_norm" in name and "backward" not in name and not name.endswith(("_no_training", "_no_update")):
+        return next((argument for argument in call.args if isinstance(argument, bool)), True)  # training
+    return _RANDOM.fullmatch(name) is not None
+
+
+def _prepared_for_others(graph: Graph, path_of: Mapping[int, str], computed: Sequence[bool]) -> set[int]:
+    """Operators in blocks that no matrix product stands before, and that others than their own block need."""
+    prepares: set[int] = set()
+    for index in range(len(graph.nodes) - 1, -1, -1):
+        node = graph.nodes[index]
+        if node.phase is not Phase.FORWARD:
+            continue
+        for source in node.inputs:
+            if source not in path_of or computed[source]:
+                continue
+            if index in prepares or path_of.get(index) != path_of[source]:
+                prepares.add(source)
+    return prepares

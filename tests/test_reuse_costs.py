@@ -1,0 +1,220 @@
+"""What a step costs whose frozen prefix is stored, and the selection under such costs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import gtflops
+from gtflops.blocks import block_of
+from small_models import CONFIGS, VOCABULARY, padded_batch
+
+SMALL = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
+
+
+def causal(family: str) -> tuple[Any, dict[str, Any]]:
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation="eager")
+    return model, padded_batch()
+
+
+def t5() -> tuple[Any, dict[str, Any]]:
+    config = transformers.T5Config(**SMALL, decoder_start_token_id=0, attn_implementation="eager")
+    return transformers.T5ForConditionalGeneration(config), padded_batch()
+
+
+def bert() -> tuple[Any, dict[str, Any]]:
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
+    )
+    return transformers.BertForMaskedLM(config), padded_batch()
+
+
+def vit() -> tuple[Any, dict[str, Any]]:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+    )
+    return transformers.ViTForImageClassification(config), {
+        "pixel_values": torch.rand(3, 3, 16, 16),
+        "labels": torch.tensor([0, 1, 1]),
+    }
+
+
+MODELS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    **{family: lambda family=family: causal(family) for family in ("llama", "llama-tied", "opt", "bloom", "gpt2")},
+    "t5": t5,
+    "bert": bert,
+    "vit": vit,
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_block_depends_on_just_the_tensors_that_change_what_it_gives(family: str) -> None:
+    torch.manual_seed(0)
+    model, batch = MODELS[family]()
+    profile = gtflops.profile(model.train(), batch)
+    modules = {block.name: model.get_submodule(block.name) for block in profile.blocks}
+
+    def outputs(of: Any) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        hooks = [
+            of.get_submodule(name).register_forward_hook(
+                lambda _, __, output, name=name: found.update(
+                    {name: output[0] if isinstance(output, tuple) else output}
+                )
+            )
+            for name in modules
+        ]
+        with torch.no_grad():
+            of(**batch)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    reference = outputs(model.eval())
+    for position, name in enumerate(profile.names):
+        if not profile.tensors[position].has_gradient:
+            continue
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.get_parameter(name).add_(torch.randn_like(other.get_parameter(name)))
+        changed = {block for block, output in outputs(other).items() if not torch.equal(output, reference[block])}
+        depending = {block.name for block in profile.blocks if block.depends_on >> position & 1}
+        # A key's bias moves all scores of a row alike, and the softmax takes that away again.
+        assert changed <= depending, name
+        assert depending <= changed or re.search(r"(k_proj|key)\.bias$", name), name
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_forward_pass_without_the_stored_blocks_is_what_pytorch_executes(family: str) -> None:
+    """Blocks that hand on their input run nothing: what is left is the forward pass of a later epoch."""
+    torch.manual_seed(0)
+    model, batch = MODELS[family]()
+    model.eval()
+    profile = gtflops.profile(model, batch)
+    assert len(profile.blocks) == sum(block_of(name) == name for name, _ in model.named_modules())
+    for block in profile.blocks:
+        above = [name for name, tensor in model.named_parameters() if block_of(name) == block.name and tensor.ndim == 2]
+        step = profile.step_flops(above, reuse="prefix")
+        assert block.name not in step.blocks
+        hidden = batch["pixel_values"] if "pixel_values" in batch else batch["input_ids"]
+        positions = hidden.shape[0] * (5 if "pixel_values" in batch else hidden.shape[1])
+        lists = {name.rsplit(".", 1)[0] for name in step.blocks}  # T5 has two, and a boundary in each
+        assert step.cache_bytes == len(lists) * positions * 32 * 4
+        other = copy.deepcopy(model)
+        for name in step.blocks:
+            skip(other.get_submodule(name))
+        with torch.no_grad(), gtflops.ExecutedFlops() as executed:
+            other(**batch)
+        assert (executed.flops.matmul, executed.total) == (
+            profile.step_flops(above, "matmul", reuse="prefix").forward,
+            step.forward,
+        )
+        full = profile.step_flops(above)
+        assert (step.first, step.backward) == (full.total, full.backward)
+
+
+def skip(module: Any) -> None:
+    """Let a block hand on its input; T5's first one makes the position bias of all all the same."""
+    if isinstance(module, transformers.models.t5.modeling_t5.T5Block):
+        attention = module.layer[0].SelfAttention
+
+        def forward(hidden: torch.Tensor, mask: Any, bias: Any, *rest: Any, **more: Any) -> Any:
+            if attention.has_relative_attention_bias:
+                bias = attention.compute_bias(hidden.shape[1], hidden.shape[1], device=hidden.device)
+            return hidden, bias, None
+    else:
+        gives_tuple = type(module).__name__ == "BloomBlock"
+
+        def forward(hidden: torch.Tensor, *rest: Any, **more: Any) -> Any:
+            return (hidden,) if gives_tuple else hidden
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize("epochs_left", [1, 2, 5])
+def test_a_selection_with_reuse_is_the_best_of_all(epochs_left: int) -> None:
+    torch.manual_seed(0)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU()) for _ in range(4)]
+    model = torch.nn.Sequential(*blocks, torch.nn.Linear(6, 2, bias=False))
+    profile = gtflops.profile(model, torch.rand(5, 6), loss=lambda y, x: y.sum())
+    draw = np.random.default_rng(epochs_left)
+    importance = dict(zip(profile.names, draw.lognormal(size=len(profile.names)), strict=True))
+    subsets = [np.array(subset) for subset in itertools.product([False, True], repeat=len(profile.names))]
+    averages = []
+    for subset in subsets:
+        step = profile.step_flops(subset, reuse="prefix")
+        exact = step.total + step.stored / epochs_left
+        total = profile.form("flops", epochs_left).total(subset)
+        assert exact <= total < exact + len(step.blocks) + 1e-9
+        averages.append(total)
+    worth = np.array([importance[name] for name in profile.names])
+    for budget in (0.2, 0.3, 0.5, 0.8):
+        limit = int(budget * profile.full_flops)
+        fitting = [float(worth[subset].sum()) for subset, cost in zip(subsets, averages, strict=True) if cost <= limit]
+        if max(fitting, default=0.0) == 0:
+            with pytest.raises(gtflops.InfeasibleBudgetError, match=r"without reuse, 0\.3763"):
+                gtflops.select(profile, importance, budget, reuse="prefix", epochs_left=epochs_left)
+            continue
+        best = gtflops.select(profile, importance, budget, reuse="prefix", epochs_left=epochs_left)
+        assert best.optimal
+        assert best.value == pytest.approx(max(fitting))
+        assert best.flops == averages[int(sum(1 << i for i, chosen in enumerate(best.mask[::-1]) if chosen))]
+        assert best.flops <= limit
+
+
+def test_reuse_buys_more_than_the_same_budget_without(tmp_path: Any) -> None:
+    profile = gtflops.profile("HuggingFaceTB/SmolLM2-135M", batch_size=4, seq_len=224)
+    importance = {tensor.name: 1.0 * tensor.numel for tensor in profile.tensors}
+    importance["model.embed_tokens.weight"] = 0.0  # tied to the head: training it leaves nothing constant
+    without = gtflops.frontier(profile, importance, budgets=[0.4, 0.5, 0.6])
+    with_reuse = gtflops.frontier(profile, importance, budgets=[0.2, 0.4, 0.5, 0.6], reuse="prefix", epochs_left=5)
+    assert all(more.value > less.value for less, more in zip(without, list(with_reuse)[1:], strict=True))
+    assert with_reuse[0].flops <= 0.2 * profile.full_flops
+    path = tmp_path / "profile.json"
+    profile.save(path)
+    again = gtflops.select(gtflops.Profile.load(path), importance, 0.2, reuse="prefix", epochs_left=5)
+    assert again.names == with_reuse[0].names
+
+
+def test_batch_statistics_and_random_numbers_are_never_constant() -> None:
+    class Noisy(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.randn_like(x)
+
+    def stored(first: torch.nn.Module) -> tuple[str, ...]:
+        layers = [torch.nn.Sequential(torch.nn.Linear(4, 4), first), *(torch.nn.Linear(4, 4) for _ in range(2))]
+        profile = gtflops.profile(torch.nn.Sequential(*layers), torch.rand(3, 4), loss=lambda y, x: y.sum())
+        return profile.step_flops(["2.weight"], reuse="prefix").blocks
+
+    assert stored(torch.nn.Dropout(0.5)) == stored(torch.nn.BatchNorm1d(4).eval()) == ("0", "1")
+    assert stored(torch.nn.BatchNorm1d(4)) == stored(Noisy()) == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reuse": "prefix"}, "expected epochs_left"),
+        ({"epochs_left": 3}, "epochs_left=3 given without reuse='prefix'"),
+        ({"reuse": "all", "epochs_left": 3}, "reuse is 'all', expected 'prefix'"),
+        ({"reuse": "prefix", "epochs_left": 0}, "epochs_left is 0, expected a positive integer"),
+    ],
+)
+def test_wrong_reuse_is_named(arguments: dict[str, Any], message: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    profile = gtflops.profile(model, torch.rand(3, 4), loss=lambda y, x: y.sum())
+    with pytest.raises(gtflops.InputError, match=re.escape(message)):
+        gtflops.select(profile, dict.fromkeys(profile.names, 1.0), 0.9, **arguments)
+
+
+def test_a_budget_below_the_forward_pass_says_what_reuse_would_do() -> None:
+    profile = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)
+    with pytest.raises(gtflops.InfeasibleBudgetError, match=r"reuse='prefix' lowers .* from 0\.33\d\d down to 0\.1"):
+        gtflops.select(profile, dict.fromkeys(profile.names, 1.0), 0.25)
