@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,38 @@ def test_the_loss_and_the_autocast_are_the_trainers(options: dict[str, Any], tmp
     assert callback._run.green.profile.at(batch_size=2, seq_len=11).full_flops != own.full_flops
 
 
+@pytest.fixture
+def half_precision_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate makes of fp16=True on a GPU. On the CPU it trains in float32, and says nothing."""
+    create = Trainer.create_accelerator_and_postprocess
+
+    def created(self: Any) -> None:
+        create(self)
+        assert (self.accelerator.native_amp, self.accelerator.scaler) == (False, None)
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-14)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", created)
+
+
+@pytest.mark.usefixtures("half_precision_on_the_cpu")
+@pytest.mark.parametrize("clip", [0.1, 0.0])
+def test_scaled_gradients(clip: float, tmp_path: Path) -> None:
+    """The first step overflows and is left out: its FLOPs are executed, and the estimate is checked in the next one."""
+    watch, callback = Watch(), GreenTrainerCallback(budget=0.6, every=2)
+    trainer = trainer_of(
+        build("llama"), tmp_path, callback, watch, fp16=True, max_steps=4, optim="sgd", max_grad_norm=clip,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert by_step(trainer.executed, 2) == planned(callback)
+    assert watch.moved[0] == set()
+    assert watch.moved[1:] == watch.trained[1:]
+    assert [step.real_drop is not None for step in callback.log.steps] == [False, True, True, False]
+    for step in callback.log.checked:
+        assert step.real_drop == pytest.approx(step.predicted_drop, rel=0.1)
+
+
 def test_autocast_is_that_of_the_step_when_importance_is_measured(tmp_path: Path) -> None:
     def first(**options: Any) -> dict[str, float]:
         torch.manual_seed(0)
@@ -281,6 +314,29 @@ def test_a_budget_of_one_changes_nothing(kind: str, tmp_path: Path) -> None:
     assert losses(callback) == losses()
     assert len(callback.log.selections) == 6
     assert max(len(record.names) for record in callback.log.selections) == _trainable(MODELS[kind]())
+
+
+def test_measuring_in_the_middle_of_an_accumulation(tmp_path: Path) -> None:
+    """There, accelerate's wrapper makes no step of the optimizer, and two passes need one."""
+    moved: list[bool] = []
+
+    class Steps(TrainerCallback):
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        ) -> None:
+            for step in (optimizer.step, optimizer.optimizer.step):
+                before = model.lm_head.weight.detach().clone()
+                model.lm_head.weight.grad = torch.ones_like(before)
+                step()
+                moved.append(not torch.equal(model.lm_head.weight, before))
+                model.lm_head.weight.grad = None
+
+    trainer_of(build("llama"), tmp_path, Steps(), gradient_accumulation_steps=2, max_steps=1).train()
+    assert moved == [False, True]
+    by_two_passes = partial(gtflops.measure_importance, method="two-pass")
+    callback = GreenTrainerCallback(budget=0.6, measure=by_two_passes)
+    trainer_of(build("llama"), tmp_path, callback, gradient_accumulation_steps=2, max_steps=1).train()
+    assert all(value > 0 for value in callback.log.selections[0].selection.importance.values())
 
 
 def test_when_it_selects(tmp_path: Path) -> None:

@@ -277,8 +277,7 @@ class _Run:
     # --- in the place of the Trainer's methods ------------------------------------------------------------------
 
     def _get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        with self._processes.together():
-            batches, num_items = self._draw(*args, **kwargs)
+        batches, num_items = self._draw(*args, **kwargs)
         shared = {} if num_items is None else {"num_items_in_batch": torch.as_tensor(num_items)}
         self._batches = [{**batch, **shared} for batch in batches]
         if self.green is None or not batches:

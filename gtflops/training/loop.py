@@ -18,10 +18,11 @@ import torch
 
 from gtflops.capture import ExecutedFlops, Loss, call_model, loss_of
 from gtflops.capture.batches import describe_batch
-from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError
+from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError, ProcessesError
 from gtflops.importance import ImportanceCheck, expected_drop, measure_importance
 from gtflops.importance.learning_rates import rates_of
 from gtflops.importance.measuring import require_held, restored
+from gtflops.importance.updates import local
 from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
 from gtflops.profiling import Profile, profile
 from gtflops.selection import Selection, selection_of
@@ -188,6 +189,7 @@ class GreenTrainer:
         if not self.candidates:
             raise InputError("every tensor of the model is frozen, so there is nothing to select from; thaw some first")
         require_held(model, optimizer)
+        self._elements = {name: local(tensor).numel() for name, tensor in model.named_parameters()}  # of this process
         self.selection: Selection | None = None
         self.epoch = 0
         self.log = TrainingLog()
@@ -539,6 +541,8 @@ class GreenTrainer:
         try:
             with self.processes.passing():
                 outputs = call_model(self.processes.model, batch)
+        except ProcessesError:  # it is another's batch
+            raise
         except Exception as error:
             raise GtflopsError(
                 f"step {step} failed, and the weights are those of the step before: {type(self.model).__name__} "
@@ -609,7 +613,7 @@ class GreenTrainer:
             mask = costs[0].mask(trainable)
             trained = zip(costs[0].tensors, mask, strict=True)
             flops += (len(costs) - 1) * sum(
-                tensor.numel for tensor, is_trained in trained if is_trained and tensor.has_gradient
+                self._elements[tensor.name] for tensor, is_trained in trained if is_trained and tensor.has_gradient
             )
         return self._sum([flops])
 
