@@ -110,7 +110,10 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the Trainer keeps."""
         green = self._run.green if self._run is not None else None
-        settings = {name: repr(value) if callable(value) else value for name, value in self._settings.items()}
+        plain = (str, int, float, list, type(None))
+        settings = {name: value if isinstance(value, plain) else repr(value) for name, value in self._settings.items()}
+        if self._settings["measure"] is measure_importance:
+            del settings["measure"]
         return {"args": settings, "attributes": {"progress": self.progress if green is None else green.state_dict()}}
 
     # --- the Trainer's events -------------------------------------------------------------------------------------
