@@ -205,7 +205,8 @@ class _Run:
         self._log = _stand_in(self._undo, trainer, "log", self._log_with_flops)
         _stand_in(self._undo, trainer, "floating_point_ops", self._floating_point_ops)
         for name in ("_run_epoch", "_finalize_training"):
-            _stand_in(self._undo, trainer, name, self._cleared_away(getattr(trainer, name)))
+            if hasattr(trainer, name):  # they are the Trainer's own, and it may name them otherwise
+                _stand_in(self._undo, trainer, name, self._cleared_away(getattr(trainer, name)))
 
     def close(self) -> None:
         """Give the Trainer its methods back, and let every candidate require gradients again."""
