@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,8 @@ def counted(ddp: DistributedDataParallel) -> list[int]:
 
 
 def digest(module: torch.nn.Module) -> str:
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in module.parameters())).hexdigest()
+    whole = (getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)() for tensor in module.parameters())
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in whole)).hexdigest()
 
 
 def weights(module: torch.nn.Module) -> dict[str, Any]:
@@ -261,6 +264,73 @@ def interrupted(folder: Path) -> Result:
     return {"stopped": trainer.log.stopped, "steps": len(trainer.log.steps)}
 
 
+def interrupted_without_checkpoints(folder: Path) -> Result:
+    wrapped = DistributedDataParallel(model())
+    trainer = trainer_for(wrapped, stream()[0])
+
+    def stop(record: StepRecord) -> None:
+        if rank() == 1 and record.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        trainer.fit(stream(), on_step=stop)
+    except KeyboardInterrupt:
+        return {"stopped": trainer.log.stopped, "steps": len(trainer.log.steps)}
+    return {}
+
+
+class Breaking:
+    """The loss, whose backward pass breaks on rank 1 once it was told to."""
+
+    def __init__(self) -> None:
+        self.breaks = False
+
+    def __call__(self, outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        if self.breaks and rank() == 1:
+            outputs.register_hook(self._break)
+        return loss(outputs, batch)
+
+    def _break(self, gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory, say")
+
+    def after(self, step: int) -> Callable[[StepRecord], None]:
+        def note(record: StepRecord) -> None:
+            self.breaks = record.step == step
+
+        return note
+
+
+def broken_backward(folder: Path) -> Result:
+    """Rank 1 goes on to other things, so that only the group's timeout ends the waiting of rank 0."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    breaking = Breaking()
+    wrapped = DistributedDataParallel(model(), process_group=group)
+    trainer = trainer_for(wrapped, stream()[0], loss=breaking)
+    found = failure(lambda: trainer.fit(stream(), on_step=breaking.after(2)))
+    return {"failure": found, "steps": len(trainer.log.steps)}
+
+
+def broken_forward(folder: Path) -> Result:
+    """A batch that one rank's model refuses, where the others' forward passes wait for its shards."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    trainer = trainer_for(
+        sharded(DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu")), stream()[0]
+    )
+    batches = stream()
+    if rank() == 1:
+        batches[1] = torch.randn(4, WIDTH + 1)
+    return {"failure": failure(lambda: trainer.fit(batches)), "steps": len(trainer.log.steps)}
+
+
+def fails_and_ends(folder: Path) -> Result:
+    """For ``torchrun``: an error that nobody catches."""
+    breaking = Breaking()
+    trainer = trainer_for(DistributedDataParallel(model()), stream()[0], loss=breaking)
+    trainer.fit(stream(), on_step=breaking.after(2))
+    return {}
+
+
 def cut(trainer: gtflops.GreenTrainer, folder: Path) -> None:
     """A run that ends on the spot in its fifth step; its last checkpoint is of the third."""
 
@@ -296,19 +366,49 @@ def resumed(folder: Path) -> Result:
     }
 
 
-def sharded() -> torch.nn.Module:
+def sharded(mesh: Any = None) -> torch.nn.Module:
+    """Layer by layer but for the last, whose tensors are the root's: FSDP2 keeps those whole after a forward pass."""
     from torch.distributed.fsdp import fully_shard
 
     made = model()
-    for layer in made:
+    assert isinstance(made, torch.nn.Sequential)
+    for layer in made[:-1]:
         if isinstance(layer, torch.nn.Linear):
-            fully_shard(layer)
-    return fully_shard(made)
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(made, mesh=mesh)
+
+
+def padded_elements(tensor: torch.Tensor) -> int:
+    """Of a tensor whose rows are spread over two ranks, as many on each."""
+    rows = tensor.shape[0]
+    return tensor.numel() // rows * (rows + rows % 2)
 
 
 def fsdp2(folder: Path) -> Result:
     trainer = trainer_for(sharded(), stream()[0], max_grad_norm=1.0)
-    trainer.fit(stream())
+    scattered: list[int] = []
+    padded: list[int] = []
+    sent = 0
+    reduce_scatter = dist.reduce_scatter_single
+
+    def counting(**arguments: Any) -> Any:
+        nonlocal sent
+        sent += arguments["input"].numel() * arguments["input"].element_size()
+        return reduce_scatter(**arguments)
+
+    def note(record: StepRecord) -> None:
+        nonlocal sent
+        measured = any(selection.step == record.step for selection in trainer.log.selections)
+        whole = sum(map(padded_elements, trainer.model.parameters()))
+        scattered.append(sent - 4 * whole * measured)  # importance takes the gradients of all
+        padded.append(sum(padded_elements(tensor) for tensor in trainer.model.parameters() if tensor.requires_grad))
+        sent = 0
+
+    dist.reduce_scatter_single = counting
+    try:
+        trainer.fit(stream(), on_step=note)
+    finally:
+        dist.reduce_scatter_single = reduce_scatter
     half = trainer_for(sharded(), stream()[0], max_grad_norm=1.0)
     cut(half, folder / "fsdp2")
     second = trainer_for(sharded(), stream()[0], max_grad_norm=1.0)
@@ -316,6 +416,8 @@ def fsdp2(folder: Path) -> Result:
     nan = [torch.full((4, WIDTH), float("nan"))] if rank() else stream(1)
     return {
         "log": logged(trainer),
+        "scattered": scattered,
+        "padded": padded,
         "resumed_log": logged(second),
         "weights": weights(trainer.processes.whole_model()),
         "resumed_weights": weights(second.processes.whole_model()),
@@ -350,52 +452,152 @@ def accelerated(folder: Path) -> Result:
     return {"digests": digests, "sent": per_step, "selected": selected}
 
 
-def in_the_trainer(folder: Path) -> Result:
-    """transformers.Trainer, which wraps the model in DDP itself, with the callback."""
+def trainer_on(folder: Path, *, batch_size: int = 2, epochs: int = 2, **options: Any) -> Any:
+    """A transformers.Trainer with the callback, that counts what its steps execute and digests what they make."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from gtflops.integrations.transformers import GreenTrainerCallback
     from small_models import VOCABULARY, build
 
+    class Counting(Trainer):
+        executed = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if "backward" in vars(self.accelerator):  # gtflops traces, or measures importance
+                return super().training_step(*args, **kwargs)
+            with gtflops.ExecutedFlops() as counted:
+                loss = super().training_step(*args, **kwargs)
+            self.executed += counted.total
+            return loss
+
+    class Note(TrainerCallback):
+        def __init__(self) -> None:
+            self.digests: list[str] = []
+
+        def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            self.digests.append(digest(model))
+
     torch.manual_seed(0)
-    trained = build("llama")
     generator = torch.Generator().manual_seed(3)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(VOCABULARY, (24, 12), generator=generator)]
     arguments = TrainingArguments(
         str(folder / "trainer"),
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=2,
-        num_train_epochs=3,
+        num_train_epochs=epochs,
         learning_rate=1e-2,
         report_to=[],
         save_strategy="no",
         use_cpu=True,
-        ddp_backend="gloo",
         disable_tqdm=True,
+        **options,
     )
-    digests: list[str] = []
+    callback, note = GreenTrainerCallback(0.6), Note()
+    made: Any = Counting(build("llama"), arguments, train_dataset=rows, callbacks=[callback, note])
+    made.green, made.note = callback, note
+    return made
 
-    class Note(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            assert isinstance(trainer.model_wrapped, DistributedDataParallel)
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            digests.append(digest(trained))
-
-    callback = GreenTrainerCallback(0.6)
-    trainer = Trainer(trained, arguments, train_dataset=rows, callbacks=[callback, Note()])
+def trained(trainer: Any) -> Result:
     trainer.train()
+    log = trainer.green.log
     return {
-        "digests": digests,
-        "names": [record.names for record in callback.log.selections],
-        "planned": callback.log.planned_flops,
-        "full": callback.log.full_flops,
-        "measuring": callback.log.measuring_flops,
+        "digests": trainer.note.digests,
+        "names": [record.names for record in log.selections],
+        "planned": log.planned_flops,
+        "full": log.full_flops,
+        "measuring": log.measuring_flops,
         "total_flos": trainer.state.total_flos,
+        "drops": [(step.predicted_drop, step.real_drop) for step in log.checked],
     }
 
 
+def in_the_trainer(folder: Path) -> Result:
+    """transformers.Trainer, which wraps the model in DDP itself, with the callback."""
+    result = trained(trainer := trainer_on(folder, epochs=3, ddp_backend="gloo"))
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return result
+
+
+LAYERS = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+
+
+def whole_in_the_trainer(folder: Path) -> Result:
+    """FSDP is asked for on the CPU, where accelerate does not have it and says nothing."""
+    trainer = trainer_on(folder, ddp_backend="gloo", **LAYERS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = trained(trainer)
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return result | {"warnings": [str(warning.message) for warning in caught]}
+
+
+def sharded_in_the_trainer(folder: Path) -> Result:
+    """FSDP2 as accelerate prepares it on accelerators, on the CPU."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    trainer = trainer_on(folder, ddp_backend="gloo", **LAYERS)
+    before = dict(AcceleratorState._shared_state)
+    state = trainer.accelerator.state
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    trainer.is_fsdp_enabled = True
+    try:
+        result = trained(trainer)
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(before)
+    whole = {name: tensor.full_tensor() for name, tensor in trainer.model.named_parameters()}
+    return result | {
+        "weights": {name: tensor.tolist() for name, tensor in whole.items()},
+        "executed": trainer.executed,
+    }
+
+
+def bad_rows_in_the_trainer(folder: Path) -> Result:
+    """A row that cannot be read, on one rank."""
+    trainer = trainer_on(folder, ddp_backend="gloo")
+    collate = trainer.data_collator
+
+    def collator(rows: Any) -> Any:
+        if rank() == 1 and trainer.state.global_step == 1:
+            raise OSError("no such row")
+        return collate(rows)
+
+    trainer.data_collator = collator
+    found = failure(trainer.train)
+    return {"failure": found, "frozen": sum(not tensor.requires_grad for tensor in trainer.model.parameters())}
+
+
+def broken_step_in_the_trainer(folder: Path) -> Result:
+    """A backward pass that fails on one rank, whose process then ends."""
+    trainer = trainer_on(folder, ddp_backend="gloo")
+
+    def fail(gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory, say")
+
+    class Break(type(trainer.note)):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if rank() == 1:
+                model.register_forward_hook(lambda module, args, outputs: outputs.loss.register_hook(fail) and None)
+
+    trainer.add_callback(Break())
+    found = failure(trainer.train)
+    return {"failure": found, "frozen": sum(not tensor.requires_grad for tensor in trainer.model.parameters())}
+
+
+#: What leaves the process group of all in no state for another scenario: the processes end.
+ENDS = ("bad_rows_in_the_trainer", "broken_step_in_the_trainer")
+
 # --- processes ----------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(gtflops.__file__).parents[1]),  # the package that the tests themselves are about
+    }
 
 
 def run(folder: Path, names: Iterable[str], num_ranks: int = 2) -> None:
@@ -403,16 +605,11 @@ def run(folder: Path, names: Iterable[str], num_ranks: int = 2) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num_ranks),
-        "PYTHONPATH": str(Path(gtflops.__file__).parents[1]),  # the package that the tests themselves are about
-    }
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), *names],
-            env=environment | {"RANK": str(index), "LOCAL_RANK": str(index), "OMP_NUM_THREADS": "1"},
+            env=environment() | together | {"RANK": str(index), "LOCAL_RANK": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -438,6 +635,8 @@ def main() -> None:
             traceback.print_exc()
             os._exit(1)
         (folder / f"{name}-{rank()}.json").write_text(json.dumps(result), encoding="utf-8")
+        if name in ENDS:
+            os._exit(0)
         dist.barrier()
     dist.destroy_process_group()
 

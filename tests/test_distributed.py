@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,15 @@ NAMES = (
     "different_places",
     "bad_batches",
     "interrupted",
+    "interrupted_without_checkpoints",
     "resumed",
     "fsdp2",
     "accelerated",
     "in_the_trainer",
+    "whole_in_the_trainer",
+    "sharded_in_the_trainer",
+    "broken_backward",
+    "broken_forward",  # last: gloo's other groups may not outlive it
 )
 
 
@@ -171,6 +179,56 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step(folder: Path) -> None
     assert [path.name for path in (folder / "interrupted").iterdir()] == ["step-000000003"]
 
 
+def test_sigterm_to_one_rank_without_checkpoints_is_an_exception_on_all(folder: Path) -> None:
+    for result in ranks(folder, "interrupted_without_checkpoints"):
+        assert result == {"stopped": "interrupted after 3 steps", "steps": 3}
+
+
+BROKEN = "another process failed, so this one stops too: rank 1: RuntimeError: out of memory, say"
+
+
+def test_a_backward_pass_that_breaks_on_one_rank_ends_by_the_timeout_on_the_others(folder: Path) -> None:
+    first, second = ranks(folder, "broken_backward")
+    assert first == {"failure": ["ProcessesError", BROKEN], "steps": 3}
+    assert second == {"failure": ["RuntimeError", "out of memory, say"], "steps": 3}
+
+
+def test_a_forward_pass_that_breaks_on_one_rank_among_shards(folder: Path) -> None:
+    first, second = ranks(folder, "broken_forward")
+    assert first["failure"][0] == "ProcessesError"
+    assert "rank 1: RuntimeError: mat1 and mat2 shapes cannot be multiplied (4x8 and 7x7)" in first["failure"][1]
+    assert "refused the batch float32[4, 8]" in second["failure"][1]
+    assert first["steps"] == second["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "failure"),
+    [
+        ("bad_rows_in_the_trainer", "OSError: no such row"),
+        ("broken_step_in_the_trainer", "RuntimeError: out of memory, say"),
+    ],
+)
+def test_what_breaks_in_the_trainer_on_one_rank_ends_all(name: str, failure: str, tmp_path: Path) -> None:
+    """The others hear of it when its process ends, and not after the half hour that is gloo's timeout."""
+    started = time.monotonic()
+    scenarios.run(tmp_path, [name])
+    assert time.monotonic() - started < 240
+    first, second = ranks(tmp_path, name)
+    assert ": ".join(second["failure"]) == failure
+    assert first["failure"] == ["ProcessesError", f"another process failed, so this one stops too: rank 1: {failure}"]
+    assert first["frozen"] == second["frozen"] == 0
+
+
+def test_torchrun_ends_all_ranks_where_the_backward_pass_breaks_on_one(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", scenarios.__file__]
+    ended = subprocess.run(
+        [sys.executable, *command, str(tmp_path), "fails_and_ends"],
+        env=scenarios.environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "RuntimeError: out of memory, say" in ended.stderr
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(folder: Path) -> None:
     for result in ranks(folder, "resumed"):
         assert result["resumed"] == result["whole"]
@@ -199,6 +257,8 @@ def test_fsdp2_is_one_process_on_the_joined_batches(
         assert ours["names"] == theirs["names"]
         assert ours["importance"] == pytest.approx(theirs["importance"], rel=1e-4)
     assert all(step["executed_flops"] == step["planned_flops"] for step in first["log"]["steps"])
+    assert len(set(first["scattered"])) > 1
+    assert first["scattered"] == [4 * elements for elements in first["padded"]], "of what is not selected"
 
 
 def test_fsdp2_resumes_to_the_bit_and_fails_together(folder: Path) -> None:
@@ -223,4 +283,34 @@ def test_the_callback_in_a_trainer_that_wraps_the_model_itself(folder: Path) -> 
     assert len(first["names"]) == 3
     assert first["names"] == second["names"]
     assert first["planned"] == second["planned"] <= 0.6 * first["full"]
-    assert first["total_flos"] == second["total_flos"] == first["planned"] + first["measuring"]
+    # The Trainer adds the processes' numbers in float32.
+    assert first["total_flos"] == second["total_flos"] == pytest.approx(first["planned"] + first["measuring"], rel=1e-6)
+    assert first["drops"] == second["drops"]
+    assert len(first["drops"]) == 3
+    for predicted, real in first["drops"][1:]:
+        assert real == pytest.approx(predicted, rel=0.1)
+
+
+def test_fsdp_on_the_cpu_is_ddp_and_that_is_said(folder: Path) -> None:
+    first, second = ranks(folder, "whole_in_the_trainer")
+    for result in (first, second):
+        (message,) = (text for text in result["warnings"] if "asks for FSDP" in text)
+        assert "accelerate trains by DistributedType.MULTI_CPU instead" in message
+    assert first["digests"] == second["digests"]
+
+
+def test_fsdp2_in_the_trainer_is_one_process_on_the_joined_batches(folder: Path, tmp_path: Path) -> None:
+    first, second = ranks(folder, "sharded_in_the_trainer")
+    trainer = scenarios.trainer_on(tmp_path, batch_size=4)
+    alone = scenarios.trained(trainer)
+    assert first["digests"] == second["digests"]
+    assert len(set(first["digests"])) == 6
+    assert first["names"] == second["names"] == [list(names) for names in alone["names"]]
+    assert first["planned"] == first["executed"] + second["executed"]
+    assert first["planned"] <= 0.6 * first["full"]
+    assert first["total_flos"] == pytest.approx(first["planned"] + first["measuring"], rel=1e-6)
+    assert first["drops"] == second["drops"]
+    for ours, theirs in zip(first["drops"], alone["drops"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2)
+    for name, tensor in trainer.model.named_parameters():
+        torch.testing.assert_close(torch.tensor(first["weights"][name]), tensor.detach(), rtol=1e-3, atol=1e-4)

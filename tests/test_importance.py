@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 import torch.utils.checkpoint
 import transformers
@@ -183,6 +184,33 @@ def test_any_setting_of_adam(
     measured = gtflops.measure_importance(layer, [x], optimizer, squared, update="next")
     published = gtflops.measure_importance(layer, [x], optimizer, squared, method="two-pass")
     assert measured == pytest.approx(published, rel=1e-6, abs=1e-10)
+
+
+@pytest.mark.parametrize(("rate", "steps_before", "least"), [(2e-5, 6, 0.99), (2e-5, 0, 0.95), (5e-4, 6, 0.8)])
+def test_one_pass_ranks_tensors_as_two_at_low_rates(rate: float, steps_before: int, least: float) -> None:
+    """The second of the two passes being one at the new weights, whose gradients are others where rates are high."""
+    torch.manual_seed(0)
+    model, batch = build("llama").eval(), padded_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+
+    def step() -> None:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    for _ in range(steps_before):
+        step()
+    measured = gtflops.measure_importance(model, [batch], optimizer, update="next")
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    step()
+    model.zero_grad()
+    model(**batch).loss.backward()
+    published = {
+        name: -torch.sum((tensor.detach() - before[name]) * tensor.grad).item()
+        for name, tensor in model.named_parameters()
+    }
+    correlation = scipy.stats.spearmanr([measured[name] for name in published], list(published.values())).statistic
+    assert correlation > least
 
 
 def test_untrained_tensors_do_not_look_more_important() -> None:

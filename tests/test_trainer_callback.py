@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import BertConfig, T5Config, Trainer, TrainerCallback, Trainin
 
 import gtflops
 from gtflops.integrations.transformers import GreenTrainerCallback
-from gtflops.training import Budget, Progress, Total
+from gtflops.training import Budget, EnergyMeter, Progress, Total
 from small_models import VOCABULARY, build
 
 SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -180,6 +181,38 @@ def test_the_loss_and_the_autocast_are_the_trainers(options: dict[str, Any], tmp
     assert callback._run.green.profile.at(batch_size=2, seq_len=11).full_flops != own.full_flops
 
 
+@pytest.fixture
+def half_precision_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate makes of fp16=True on a GPU. On the CPU it trains in float32, and says nothing."""
+    create = Trainer.create_accelerator_and_postprocess
+
+    def created(self: Any) -> None:
+        create(self)
+        assert (self.accelerator.native_amp, self.accelerator.scaler) == (False, None)
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-14)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", created)
+
+
+@pytest.mark.usefixtures("half_precision_on_the_cpu")
+@pytest.mark.parametrize("clip", [0.1, 0.0])
+def test_scaled_gradients(clip: float, tmp_path: Path) -> None:
+    """The first step overflows and is left out: its FLOPs are executed, and the estimate is checked in the next one."""
+    watch, callback = Watch(), GreenTrainerCallback(budget=0.6, every=2)
+    trainer = trainer_of(
+        build("llama"), tmp_path, callback, watch, fp16=True, max_steps=4, optim="sgd", max_grad_norm=clip,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert by_step(trainer.executed, 2) == planned(callback)
+    assert watch.moved[0] == set()
+    assert watch.moved[1:] == watch.trained[1:]
+    assert [step.real_drop is not None for step in callback.log.steps] == [False, True, True, False]
+    for step in callback.log.checked:
+        assert step.real_drop == pytest.approx(step.predicted_drop, rel=0.1)
+
+
 def test_autocast_is_that_of_the_step_when_importance_is_measured(tmp_path: Path) -> None:
     def first(**options: Any) -> dict[str, float]:
         torch.manual_seed(0)
@@ -255,12 +288,16 @@ def test_frozen_tensors_do_not_move_by_a_bit(optim: str, tmp_path: Path) -> None
 
 
 def test_a_warm_up_from_zero_has_importances(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     callback = GreenTrainerCallback(budget=0.6, every="epoch")
     trainer = trainer_of(build("llama"), tmp_path, callback, warmup_steps=4, lr_scheduler_type="cosine")
     trainer.train()
     assert callback.log.steps[0].learning_rate == 0
-    assert max(callback.log.selections[0].selection.importance.values()) > 0
     assert [record.step for record in callback.log.selections] == [0, 6]
+    torch.manual_seed(0)
+    at_once = GreenTrainerCallback(budget=0.6)  # at the rate of the warm-up's second step, whatever it goes up to
+    trainer_of(build("llama"), tmp_path, at_once, learning_rate=1e-2 / 4, max_steps=1).train()
+    assert callback.log.selections[0].selection.importance == at_once.log.selections[0].selection.importance
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "lora"])
@@ -277,6 +314,29 @@ def test_a_budget_of_one_changes_nothing(kind: str, tmp_path: Path) -> None:
     assert losses(callback) == losses()
     assert len(callback.log.selections) == 6
     assert max(len(record.names) for record in callback.log.selections) == _trainable(MODELS[kind]())
+
+
+def test_measuring_in_the_middle_of_an_accumulation(tmp_path: Path) -> None:
+    """There, accelerate's wrapper makes no step of the optimizer, and two passes need one."""
+    moved: list[bool] = []
+
+    class Steps(TrainerCallback):
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        ) -> None:
+            for step in (optimizer.step, optimizer.optimizer.step):
+                before = model.lm_head.weight.detach().clone()
+                model.lm_head.weight.grad = torch.ones_like(before)
+                step()
+                moved.append(not torch.equal(model.lm_head.weight, before))
+                model.lm_head.weight.grad = None
+
+    trainer_of(build("llama"), tmp_path, Steps(), gradient_accumulation_steps=2, max_steps=1).train()
+    assert moved == [False, True]
+    by_two_passes = partial(gtflops.measure_importance, method="two-pass")
+    callback = GreenTrainerCallback(budget=0.6, measure=by_two_passes)
+    trainer_of(build("llama"), tmp_path, callback, gradient_accumulation_steps=2, max_steps=1).train()
+    assert all(value > 0 for value in callback.log.selections[0].selection.importance.values())
 
 
 def test_when_it_selects(tmp_path: Path) -> None:
@@ -307,6 +367,85 @@ def test_an_evaluation_in_between_is_no_other_step(tmp_path: Path) -> None:
     assert len(callback._run.green._prices._known) == 1  # type: ignore[union-attr]  # a trace in each mode otherwise
 
 
+# --- how it selects, and whether that holds -----------------------------------------------------------------------
+
+
+def test_another_measure(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def by_size(model: Any, batches: Any, optimizer: Any, loss: Any, **options: Any) -> dict[str, float]:
+        asked.append(options)
+        return {name: float(tensor.numel()) for name, tensor in model.named_parameters()}
+
+    callback = GreenTrainerCallback(budget=0.7, every=2, measure=by_size)
+    trainer = trainer_of(build("llama"), tmp_path, callback, max_steps=3)
+    trainer.train()
+    assert asked == [{"scheduler": trainer.lr_scheduler}] * 2
+    assert all(
+        value == trainer.model.get_parameter(name).numel()
+        for name, value in callback.log.selections[0].selection.importance.items()
+    )
+
+
+def test_a_scheme_of_its_own(tmp_path: Path) -> None:
+    def by_turns(profile: gtflops.Profile, step: int) -> list[str]:
+        return [name for name in profile.names if f"layers.{step % 3}." in name]
+
+    watch, callback = Watch(), GreenTrainerCallback(every=1, choose=by_turns)
+    trainer = trainer_of(build("llama"), tmp_path, callback, watch, max_steps=3)
+    trainer.train()
+    for step, trained in enumerate(watch.trained):
+        assert trained == {name for name, _ in trainer.model.named_parameters() if f"layers.{step}." in name}
+    assert trainer.executed == planned(callback)
+    assert not callback.log.checked
+
+
+def test_the_estimate_is_checked_in_the_step_after_each_selection(tmp_path: Path) -> None:
+    """With dropout, two batches a step of different lengths, and gradients clipped to a fraction."""
+    callback = GreenTrainerCallback(budget=0.7, every=2)
+    trainer = trainer_of(
+        build("gpt2"), tmp_path, callback, optim="sgd", gradient_accumulation_steps=2, max_grad_norm=0.1,
+        max_steps=3, lengths=(8, 8, 14, 14),
+    )  # fmt: skip
+    trainer.train()
+    assert [step.real_drop is not None for step in callback.log.steps] == [True, False, True]
+    for step in callback.log.checked:
+        assert step.real_drop == pytest.approx(step.predicted_drop, rel=0.1)
+    assert trainer.state.total_flos == callback.log.planned_flops + callback.log.measuring_flops
+
+
+def test_an_estimate_that_does_not_hold_is_warned_of(tmp_path: Path) -> None:
+    callback = GreenTrainerCallback(budget=0.7)
+    trainer = trainer_of(build("llama"), tmp_path, callback, learning_rate=0.5, max_steps=1)
+    with pytest.warns(UserWarning, match=r"step 0: predicted drop .* the first-order estimate does not hold"):
+        trainer.train()
+
+
+def test_energy_is_measured_and_may_be_the_budget(tmp_path: Path) -> None:
+    def run(total: float, **options: Any) -> Any:
+        callback = GreenTrainerCallback(Total(kwh=total), every=100, energy=meter)
+        trainer = trainer_of(build("llama"), tmp_path, callback, max_steps=2, **options)
+        trainer.train()
+        assert callback.log.energy.co2_kg == pytest.approx(0.3 * callback.log.energy.kwh)
+        return trainer, callback.log
+
+    meter = EnergyMeter(intensity=300.0, tracking="process")
+    trainer, log = run(1.0, save_strategy="steps", save_steps=1)
+    last = trainer.state.log_history[-1]
+    assert 0 < last["gtflops/kwh"] <= log.energy.kwh < 1e-3
+    assert last["gtflops/co2_kg"] == pytest.approx(0.3 * last["gtflops/kwh"])
+    used = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["stateful_callbacks"]
+    kwh = used["GreenTrainerCallback"]["attributes"]["progress"]["energy"]["kwh"]
+    again = trainer_of(build("llama"), tmp_path, callback := GreenTrainerCallback(Total(kwh=1.0), energy=meter))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert callback.log.energy is not None
+    assert kwh < callback.log.energy.kwh < kwh + 1e-3
+    _, log = run(1e-12)
+    assert not log.steps
+    assert log.energy.kwh < kwh, "the run before counts too"
+    assert "Total(kwh=1e-12) is spent" in log.stopped
+
+
 # --- what is logged ---------------------------------------------------------------------------------------------
 
 
@@ -330,7 +469,13 @@ def test_logs(tmp_path: Path) -> None:
     assert last["gtflops/importance_captured"] == log.selections[-1].importance_captured
     assert trainer.state.log_history[-1].items() >= last.items()
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["total_flos"] == sum(planned(callback)[:4]) + sum(record.full_flops for record in log.selections[:1])
+    assert callback._run is not None
+    assert callback._run.green is not None
+    measured = log.selections[0].full_flops + callback._run.green.profile.forward_flops  # and the check of it
+    assert state["total_flos"] == sum(planned(callback)[:4]) + measured
+    assert log.checked == tuple(log.steps[record.step] for record in log.selections)
+    assert seen[0]["gtflops/predicted_drop"] == seen[3]["gtflops/predicted_drop"] == log.steps[0].predicted_drop
+    assert last["gtflops/real_drop"] == log.steps[8].real_drop
 
 
 # --- resume -----------------------------------------------------------------------------------------------------
@@ -474,7 +619,7 @@ def test_what_was_measured_for_a_step_that_is_not_made_counts(tmp_path: Path) ->
             return 0.6
 
         def exhausted(self, progress: Progress, next_flops: int) -> str | None:
-            return "enough" if progress.step == 3 and next_flops < 0.9 * progress.full_flops else None
+            return "enough" if progress.step == 3 and next_flops < 0.95 * progress.full_flops else None
 
     callback = GreenTrainerCallback(EndsAfterMeasuring(), every=3)
     trainer = trainer_of(build("llama"), tmp_path, callback)
@@ -484,20 +629,72 @@ def test_what_was_measured_for_a_step_that_is_not_made_counts(tmp_path: Path) ->
     assert trainer.state.total_flos == callback.log.planned_flops + callback.log.measuring_flops
 
 
+def test_a_resumed_run_whose_total_is_spent_ends_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = build("llama")
+    total = Total(flops=int(7 * gtflops.profile(model, padded(rows()[:2])).full_flops))
+    options = {"lengths": (11, 40), "save_strategy": "steps", "save_steps": 1}
+    first = GreenTrainerCallback(total, every=100)
+    trainer_of(model, tmp_path, first, **options).train()
+    assert first.log.stopped is not None
+    assert 0 < len(first.log.steps) < 12
+    again = GreenTrainerCallback(total, every=100)
+    trainer = trainer_of(model := build("llama"), tmp_path, again, **options)
+    caplog.clear()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.losses == []
+    assert again.log.stopped == first.log.stopped
+    assert again.log.steps == first.log.steps
+    assert trainer.state.total_flos == first.log.planned_flops + first.log.measuring_flops
+    assert all(tensor.requires_grad for tensor in model.parameters())
+    (message,) = (record.getMessage() for record in caplog.records if record.name.startswith("gtflops"))
+    assert message == f"training ends after {len(first.log.steps)} steps: {first.log.stopped}"
+
+
 def test_every_is_checked_where_it_is_given() -> None:
     with pytest.raises(gtflops.InputError, match="every is 'step'"):
         GreenTrainerCallback(every="step")  # type: ignore[arg-type]
 
 
-def test_a_run_that_failed_is_cleared_away(tmp_path: Path) -> None:
-    trainer = trainer_of(build("llama"), tmp_path, callback := GreenTrainerCallback(0.6), max_steps=3)
-    collator, trainer.data_collator = trainer.data_collator, lambda batch: {"input_ids": torch.ones(2, 3)}
-    with pytest.raises(gtflops.InputError):
+class Fails(TrainerCallback):
+    """Raises what it was given at one event of the second step, once."""
+
+    def __init__(self, event: str, error: BaseException) -> None:
+        self._errors = [error]
+        setattr(self, event, self._fail)
+
+    def _fail(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and self._errors:
+            raise self._errors.pop()
+
+
+@pytest.mark.parametrize("where", ["batch", "on_step_begin", "on_pre_optimizer_step", "interrupted", "on_epoch_end"])
+def test_a_run_that_failed_is_cleared_away(where: str, tmp_path: Path) -> None:
+    """The model is as it was given, and the next run, whose optimizer is built on it, can select all again."""
+    error: BaseException = KeyboardInterrupt() if where == "interrupted" else RuntimeError("failed")
+    event = "on_optimizer_step" if where == "interrupted" else where
+    callback = GreenTrainerCallback(0.6, every=1)
+    fails = Fails(event, error)
+    # No step of the first epoch but the last may fail at the end of one.
+    trainer = trainer_of(
+        build("llama"), tmp_path, callback, fails, max_steps=3, activation_checkpointing=True,
+        gradient_accumulation_steps=6 if where == "on_epoch_end" else 1,
+    )  # fmt: skip
+    methods = set(vars(trainer))
+    collator = trainer.data_collator
+    if where == "batch":
+        batches = iter([collator(rows()[:2]), {"input_ids": torch.ones(2, 3)}])
+        trainer.data_collator = lambda _: next(batches)
+    with pytest.raises(type(error) if where != "batch" else Exception):
         trainer.train()
+    assert 0 < sum(len(record.names) for record in callback.log.selections) < 2 * _trainable(trainer.model)
+    assert all(tensor.requires_grad for tensor in trainer.model.parameters())
+    assert len(trainer.model._require_grads_hooks) == 1
+    assert not {"training_step", "get_batch_samples", "log", "_run_epoch"} & (set(vars(trainer)) - methods)
+    assert "clip_grad_norm_" not in vars(trainer.accelerator)
     trainer.data_collator = collator
     trainer.executed.clear()
     trainer.train()
-    assert trainer.executed == planned(callback)
+    assert sum(trainer.executed) == sum(planned(callback))
     assert all(tensor.requires_grad for tensor in trainer.model.parameters())
 
 

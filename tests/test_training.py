@@ -470,6 +470,40 @@ def test_checking_the_estimate_does_not_change_the_run() -> None:
     assert run(checked=True) == run(checked=False)
 
 
+def test_a_loop_with_a_gradient_scaler() -> None:
+    """Steps that it leaves out, for gradients that overflow, are executed all the same; the next one is checked."""
+    model, batch = build("llama"), padded_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-14)
+    half = torch.autocast("cpu", torch.float16)
+    with half:
+        trainer = gtflops.GreenTrainer(model, optimizer, batch, 0.6, 3)
+    trainer.checks = True
+    moved = []
+    for _ in range(4):
+        before = copy.deepcopy(dict(model.named_parameters()))
+        with half:
+            record = trainer.step_boundary(batch)
+            with gtflops.ExecutedFlops() as executed:
+                loss = model(**batch).loss
+        with executed:
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        trainer.expect_drop()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with half:
+            trainer.check_drop(loss.item())
+        assert executed.total == record.planned_flops + 2  # the loss and its gradient, times the scale
+        moved.append({name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])})
+    first, second = trainer.log.selections
+    assert moved == [set(), set(first.names), set(first.names), set(second.names)]
+    assert [step.real_drop is not None for step in trainer.log.steps] == [False, True, False, True]
+    for step in trainer.log.checked:
+        assert step.real_drop == pytest.approx(step.predicted_drop, rel=0.1)
+
+
 # --- what must not go wrong silently ----------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch._dynamo
 import transformers
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gtflops
@@ -58,6 +60,32 @@ def test_selections_of_layers_need_four_graphs_in_all() -> None:
     train(4, budget=0.7)
     train(2, budget=0.9)
     assert backend.frame_count == 4
+
+
+@pytest.mark.parametrize("kept", [["0.weight"], ["2.weight"], ["4.weight"], ["0.weight", "4.weight"]])
+def test_a_compiled_backward_pass_leaves_frozen_work_out(kept: list[str]) -> None:
+    """Its matrix products are those of the profile, which are as many as eager PyTorch executes."""
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4)
+    )
+    batch, flops = torch.randn(5, 8), []
+
+    def products(graph: Any, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.mm.default:
+                (rows, inner), (_, columns) = (side.meta["val"].shape for side in node.args)
+                flops.append(2 * rows * inner * columns)
+        return make_boxed_func(graph.forward)
+
+    planned = gtflops.profile(model, batch, lambda y, _: y.square().mean()).step_flops(kept, ops="matmul")
+    for name, tensor in model.named_parameters():
+        tensor.requires_grad_(name in kept)
+    compiled = torch.compile(
+        model, backend=aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=products)
+    )
+    compiled(batch).square().mean().backward()
+    assert sum(flops) == planned.backward > 0
 
 
 def test_tracing_measuring_and_counting_leave_layers_compiled() -> None:

@@ -1,6 +1,7 @@
 """Models that FSDP2 (``fully_shard``) has sharded: a stand-in with whole tensors, to trace or to save."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -47,6 +48,7 @@ def with_parameters(model: torch.nn.Module, replaced: Callable[[torch.Tensor], t
 
     tensors: dict[int, torch.nn.Parameter] = {}
     copies: dict[int, torch.nn.Module] = {}
+    dicts: dict[int, dict[str, Any]] = {}
 
     def parameter(tensor: torch.Tensor | None) -> torch.nn.Parameter | None:
         if tensor is None:
@@ -54,6 +56,12 @@ def with_parameters(model: torch.nn.Module, replaced: Callable[[torch.Tensor], t
         if id(tensor) not in tensors:
             tensors[id(tensor)] = torch.nn.Parameter(replaced(tensor), requires_grad=tensor.requires_grad)
         return tensors[id(tensor)]
+
+    def replaced_in(content: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+        """A dictionary that several modules have stays one: a module may stand for another, with its content."""
+        if id(content) not in dicts:
+            dicts[id(content)] = {name: change(value) for name, value in content.items()}
+        return dicts[id(content)]
 
     def copy_of(module: torch.nn.Module) -> torch.nn.Module:
         if id(module) in copies:
@@ -63,11 +71,14 @@ def with_parameters(model: torch.nn.Module, replaced: Callable[[torch.Tensor], t
         copies[id(module)] = copied
         own = copied.__dict__
         for name, value in module.__dict__.items():
-            bound_here = isinstance(value, MethodType) and value.__self__ is module  # accelerate's autocast
-            own[name] = MethodType(value.__func__, copied) if bound_here else value
-        own["_buffers"] = dict(module._buffers)
-        own["_parameters"] = {name: parameter(tensor) for name, tensor in module._parameters.items()}
-        own["_modules"] = {name: child and copy_of(child) for name, child in module._modules.items()}
+            if isinstance(value, MethodType) and value.__self__ is module:  # accelerate's autocast
+                value = MethodType(value.__func__, copied)
+            elif isinstance(value, torch.nn.Module):
+                value = copy_of(value)
+            own[name] = value
+        own["_buffers"] = replaced_in(module._buffers, lambda tensor: tensor)
+        own["_parameters"] = replaced_in(module._parameters, parameter)
+        own["_modules"] = replaced_in(module._modules, lambda child: child and copy_of(child))
         for hooks, besides in _HOOKS.items():
             kept = {key: hook for key, hook in own[hooks].items() if not _is_of_fsdp(hook)}
             for name in besides:
@@ -80,6 +91,20 @@ def with_parameters(model: torch.nn.Module, replaced: Callable[[torch.Tensor], t
 
 def _is_of_fsdp(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
+
+
+@contextmanager
+def sharded_again(model: torch.nn.Module) -> Iterator[None]:
+    """At the end, shards are where they were: FSDP2 leaves some tensors whole after a pass that has no backward."""
+    try:
+        yield
+    finally:
+        if any(is_sharded(tensor) for tensor in model.parameters()):
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 def mesh_of(model: torch.nn.Module) -> Any:

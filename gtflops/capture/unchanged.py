@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from gtflops.capture.sharding import sharded_again
+
 
 @contextmanager
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
@@ -27,6 +29,7 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
             torch.random.fork_rng(),
             eagerly(),
             attributes_unchanged(list(model.modules()), with_tensors=lambda name: name not in _RESTORED_BY_OTHERS),
+            sharded_again(model),
         ):
             yield
     finally:

@@ -1,7 +1,9 @@
 """A callback that trains under a budget of FLOPs, for transformers.Trainer and what inherits from it."""
 
+import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -16,14 +18,17 @@ from transformers.trainer_callback import ExportableState
 
 from gtflops.capture.unchanged import attributes_unchanged
 from gtflops.errors import BudgetSpentError, InputError
+from gtflops.importance import measure_importance
 from gtflops.problem import Granularity, Patterns
-from gtflops.training import GreenTrainer, TrainingLog
+from gtflops.training import EnergyMeter, GreenTrainer, TrainingLog
 from gtflops.training.budgets import BudgetLike
-from gtflops.training.loop import Every, check_every
+from gtflops.training.loop import Choose, Every, check_every, clipping_scale
 from gtflops.training.processes import Processes
 
 #: A transformers.Trainer that trains: the types of its attributes are those that they may have before.
 Training: TypeAlias = Any
+
+_logger = logging.getLogger(__name__)
 
 
 class GreenTrainerCallback(TrainerCallback, ExportableState):
@@ -38,18 +43,24 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
     :class:`gtflops.GreenTrainer` has it. ``state.total_flos`` counts what was executed, measuring included, and the
     Trainer's logs have ``gtflops/step_flops`` (of the last step), ``gtflops/flops_total`` (all so far, measuring
     included), ``gtflops/flops_saved`` (against the same steps in full), ``gtflops/selected_tensors``,
-    ``gtflops/budget`` and ``gtflops/importance_captured``; :attr:`log` has every step and selection.
+    ``gtflops/budget`` and ``gtflops/importance_captured``; :attr:`log` has every step and selection. The first step
+    after each selection checks the estimate behind it by a forward pass, and warns where it does not hold:
+    ``gtflops/predicted_drop`` and ``gtflops/real_drop``. With ``energy``, ``gtflops/kwh`` and ``gtflops/co2_kg``.
 
     Of a PEFT model, it selects among the tensors that PEFT trains; a full step is still one that trains the whole
     model, of which adapters alone may cost 0.7. Tensors whose training would raise the loss by their importance are not
     selected, even by a budget of 1. With activation checkpointing, inputs are kept from
-    requiring gradients, so that the backward pass ends at the lowest trained tensor. When training ends, every
-    candidate requires gradients again, as before. A checkpoint has what a resumed run needs to go on as if it had not
-    been stopped; one that was saved without the callback cannot be resumed with it.
+    requiring gradients, so that the backward pass ends at the lowest trained tensor. When training ends, by an error
+    too, every candidate requires gradients again, as before. A checkpoint has what a resumed run needs to go on as if
+    it had not been stopped; one that was saved without the callback cannot be resumed with it.
 
     Args:
-        budget: as of :class:`gtflops.GreenTrainer`; a :class:`gtflops.training.Total` that is spent ends the training.
+        budget: as of :class:`gtflops.GreenTrainer`; a :class:`gtflops.training.Total` that is spent ends the training,
+            with the reason in ``log.stopped``.
         every: when to select anew: ``"epoch"``, a number of optimizer steps, or a function of the number of steps made.
+        choose: as of :class:`gtflops.GreenTrainer`.
+        measure: as of :class:`gtflops.GreenTrainer`.
+        energy: a :class:`gtflops.training.EnergyMeter`, on during the training, in the first process.
         granularity: as of :func:`gtflops.select`.
         must_train: as of :func:`gtflops.select`.
         must_freeze: as of :func:`gtflops.select`; may also name tensors that were frozen before the Trainer was built.
@@ -64,16 +75,22 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         budget: BudgetLike = 0.5,
         every: Every = "epoch",
         *,
+        choose: Choose | None = None,
+        measure: Callable[..., dict[str, float]] = measure_importance,
         granularity: Granularity = "tensor",
         must_train: Patterns = (),
         must_freeze: Patterns = (),
         max_elements: int | None = None,
+        energy: EnergyMeter | None = None,
         allow_unsupported: bool = False,
     ) -> None:
         check_every(every)
+        self._energy = energy
         self._settings: dict[str, Any] = {
             "budget": budget,
             "every": every,
+            "choose": choose,
+            "measure": measure,
             "granularity": granularity,
             "must_train": must_train if isinstance(must_train, str) else list(must_train),
             "must_freeze": must_freeze if isinstance(must_freeze, str) else list(must_freeze),
@@ -93,7 +110,10 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the Trainer keeps."""
         green = self._run.green if self._run is not None else None
-        settings = {name: repr(value) if callable(value) else value for name, value in self._settings.items()}
+        plain = (str, int, float, list, type(None))
+        settings = {name: value if isinstance(value, plain) else repr(value) for name, value in self._settings.items()}
+        if self._settings["measure"] is measure_importance:
+            del settings["measure"]
         return {"args": settings, "attributes": {"progress": self.progress if green is None else green.state_dict()}}
 
     # --- the Trainer's events -------------------------------------------------------------------------------------
@@ -102,7 +122,7 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._run is not None:
-            self._run.close()  # one that ended by an error
+            self._run.close()  # one that ended by an error before its first epoch
         self._run = None
         trainer = _trainer_of(state)
         if sum(isinstance(callback, GreenTrainerCallback) for callback in trainer.callback_handler.callbacks) > 1:
@@ -113,7 +133,8 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         self.progress = _progress_of(state, type(self).__name__) if state.global_step else None
         _require_trainable(trainer.model, self._settings["must_freeze"])
         _require_no_reentrant_checkpoints(trainer.model)
-        self._run = _Run(trainer, self._settings, self.progress)
+        _warn_of_whole_models(trainer)
+        self._run = _Run(trainer, self._settings, self._energy, self.progress)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,6 +148,16 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         if self._run is not None:
             self._run.begin_step()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._run is not None:
+            self._run.before_update()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None:
+            self._run.after_update()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -137,19 +168,30 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
 class _Run:
     """One ``trainer.train()``, from its beginning to its end.
 
-    Callbacks are shown neither batches nor logs before they are written, so three methods of the Trainer are stood in
-    for while it runs: one that draws the batches of a step, one that says what a batch costs, and one that logs.
+    Callbacks are shown neither batches and losses, nor logs before they are written, nor errors. So methods of the
+    Trainer are stood in for while it runs: those that draw the batches of a step, train on one, say what it costs, clip
+    gradients and log; and, for the errors, those of an epoch and of the end.
     """
 
-    def __init__(self, trainer: Training, settings: Mapping[str, Any], progress: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        trainer: Training,
+        settings: Mapping[str, Any],
+        energy: EnergyMeter | None,
+        progress: Mapping[str, Any] | None,
+    ) -> None:
         self.green: GreenTrainer | None = None
         self._trainer = trainer
         self._settings = settings
         self._progress = progress
         self._step = _TrainerStep.of(trainer)
+        self._processes = Processes(trainer.model_wrapped, inside=self._step)
+        self._energy = energy if self._processes.rank == 0 else None
         self._epoch: int | None = None
         self._batches: Sequence[Any] = ()
         self._is_begun = False
+        self._losses: list[torch.Tensor] = []
+        self._clipped: float | None = None
         self._unreported = 0
         self._planned = 0
         self._full = 0
@@ -158,11 +200,18 @@ class _Run:
         self._undo.callback(_thaw, [tensor for tensor in model.parameters() if tensor.requires_grad])
         _disable_input_gradients(model, self._undo)
         self._draw = _stand_in(self._undo, trainer, "get_batch_samples", self._get_batch_samples)
+        self._train = _stand_in(self._undo, trainer, "training_step", self._training_step)
+        self._clip = _stand_in(self._undo, trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm)
         self._log = _stand_in(self._undo, trainer, "log", self._log_with_flops)
         _stand_in(self._undo, trainer, "floating_point_ops", self._floating_point_ops)
+        for name in ("_run_epoch", "_finalize_training"):
+            if hasattr(trainer, name):  # they are the Trainer's own, and it may name them otherwise
+                _stand_in(self._undo, trainer, name, self._cleared_away(getattr(trainer, name)))
 
     def close(self) -> None:
         """Give the Trainer its methods back, and let every candidate require gradients again."""
+        if self.green is not None and self._energy is not None:
+            self.green.log.energy = self._energy.energy
         self._undo.close()
 
     def begin_epoch(self) -> None:
@@ -178,6 +227,7 @@ class _Run:
         self._trainer.model.train()  # an evaluation leaves it in its other mode, which is priced apart
         if self.green is None:
             self.green = self._started()
+        self._losses, self._clipped = [], None
         measured = self.green.log.measuring_flops
         try:
             record = self.green.step_boundary(*self._batches, epoch=self._epoch or 0)
@@ -186,6 +236,19 @@ class _Run:
         self._planned += record.planned_flops
         self._full += record.full_flops
         self._unreported += record.planned_flops
+
+    def before_update(self) -> None:
+        assert self.green is not None
+        if self._clipped is None:  # which does it, for scaled gradients
+            self._trainer.accelerator.unscale_gradients()
+        self.green.expect_drop(scale=1.0 if self._clipped is None else self._clipped)
+
+    def after_update(self) -> None:
+        assert self.green is not None
+        measured = self.green.log.measuring_flops
+        self.green.check_drop(math.fsum(loss.item() for loss in self._losses))
+        self._unreported += self.green.log.measuring_flops - measured
+        self._trainer.current_flos += self._floating_point_ops(None)
 
     def _started(self) -> GreenTrainer:
         optimizer = self._trainer.optimizer
@@ -196,15 +259,23 @@ class _Run:
             optimizer,
             self._batches[0],
             loss=lambda outputs, batch: outputs,
+            scheduler=self._trainer.lr_scheduler,
             num_steps=self._trainer.state.max_steps,
-            processes=Processes(self._trainer.model_wrapped, inside=self._step),
+            energy=self._energy,
+            processes=self._processes,
             **self._settings,
         )
+        green.checks = True
         green.num_epochs = math.ceil(self._trainer.state.num_train_epochs)
         green.budget.check(green.num_steps, green.num_epochs)
+        if self._energy is not None:
+            self._energy.continue_from(None)
         if self._progress is not None:
             green.load_state_dict(self._progress)
+            green.log.stopped = None
             self._planned, self._full = green.log.planned_flops, green.log.full_flops
+        if self._energy is not None:
+            self._undo.enter_context(self._energy)
         return green
 
     # --- in the place of the Trainer's methods ------------------------------------------------------------------
@@ -219,19 +290,50 @@ class _Run:
         try:
             self._begin_step()
         except BudgetSpentError as reason:
-            self.green.log.stopped = str(reason)
-            self._trainer.control.should_training_stop = True
-            self._trainer.current_flos += self._floating_point_ops(None)  # what was measured for it
-            return [], num_items  # no step is made of them
+            self._stop(reason)
+            return [], num_items  # no step is made of them, and the epoch ends
         self._is_begun = True
         return batches, num_items
+
+    def _stop(self, reason: BudgetSpentError) -> None:
+        assert self.green is not None
+        self.green.log.stopped = str(reason)
+        _logger.warning("training ends after %d steps: %s", len(self.green.log.steps), reason)
+        self._trainer.control.should_training_stop = True
+        self._trainer.current_flos += self._floating_point_ops(None)  # what was measured for the step
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = self._train(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _clip_grad_norm(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+        norm = self._clip(parameters, max_norm, *args, **kwargs)
+        self._clipped = 1.0 if norm is None else clipping_scale(self._processes.whole(norm), max_norm)
+        return norm
+
+    def _cleared_away(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method``, after whose errors the model is as the Trainer was given it, and the other processes know."""
+
+        def cleared_away(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with self._processes.communicating():
+                    try:
+                        return method(*args, **kwargs)
+                    except BudgetSpentError as reason:  # of the first step, whose batches are the Trainer's by then
+                        self._stop(reason)
+            except BaseException:
+                self.close()
+                raise
+
+        return cleared_away
 
     def _floating_point_ops(self, inputs: Any) -> int:
         """The Trainer asks after each batch, and reads the sum after the step."""
         flops, self._unreported = self._unreported, 0
         return flops if self._trainer.args.process_index == 0 else 0  # they are those of all, and the Trainer adds up
 
-    def _log_with_flops(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def _log_with_flops(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if self.green is not None and self.green.log.steps and ("loss" in logs or "train_loss" in logs):
             steps, selection = self.green.log.steps, self.green.log.selections[-1]
             total = self._planned + self.green.log.measuring_flops
@@ -243,6 +345,12 @@ class _Run:
                 logs["gtflops/budget"] = selection.budget
             if selection.importance_captured is not None:
                 logs["gtflops/importance_captured"] = selection.importance_captured
+            if (checked := self.green.log.last_checked) is not None:
+                logs["gtflops/predicted_drop"] = checked.predicted_drop
+                logs["gtflops/real_drop"] = checked.real_drop
+            if self._energy is not None:
+                energy = self._energy.energy
+                logs["gtflops/kwh"], logs["gtflops/co2_kg"] = energy.kwh, energy.co2_kg
         self._log(logs, *args, **kwargs)
 
 
@@ -262,6 +370,7 @@ class _TrainerStep(torch.nn.Module):
         )
         self.config = getattr(model, "config", None)
         self._trainer = trainer
+        self._training_step = trainer.training_step
         self._questions = _Questions(trainer)
 
     @classmethod
@@ -285,7 +394,7 @@ class _TrainerStep(torch.nn.Module):
             ExitStack() as undo,
         ):
             _stand_in(undo, trainer.accelerator, "backward", lambda loss, **kwargs: losses.append(loss))
-            trainer.training_step(self._model, inputs, num_items_in_batch)
+            self._training_step(self._model, inputs, num_items_in_batch)
         if len(losses) != 1:
             raise InputError(
                 f"training_step() of {type(trainer).__name__} makes {len(losses)} backward passes for a batch, "
@@ -407,13 +516,26 @@ def _require_no_reentrant_checkpoints(model: torch.nn.Module) -> None:
             )
 
 
-def _disable_input_gradients(model: Any, undo: ExitStack) -> None:
-    """transformers lets the embedding's output require gradients under activation checkpointing, for the reentrant
-    form's sake: the backward pass would always run down to it, whatever is frozen."""
+def _warn_of_whole_models(trainer: Training) -> None:
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        warnings.warn(
+            "TrainingArguments(fsdp=...) asks for FSDP, and accelerate trains by "
+            f"{trainer.accelerator.distributed_type} instead, without a word: it shards on accelerators only, so each "
+            "process holds the whole model; expected a GPU for each process and no use_cpu=True, or no fsdp= where "
+            "that is as you want it",
+            stacklevel=2,
+        )
+
+
+def _disable_input_gradients(model: torch.nn.Module, undo: ExitStack) -> None:
+    """transformers and PEFT let the embedding's output require gradients under activation checkpointing, for the
+    reentrant form's sake: the backward pass would always run down to it, whatever is frozen. They forget a hook when
+    they set it again, for a second training, so that their own way of removing it leaves one."""
     for part in model.modules():
-        if getattr(part, "_require_grads_hooks", None):
-            part.disable_input_require_grads()
-            undo.callback(part.enable_input_require_grads)
+        for key, hook in list(part._forward_hooks.items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del part._forward_hooks[key]
+                undo.callback(part._forward_hooks.__setitem__, key, hook)
 
 
 def _thaw(tensors: Sequence[torch.Tensor]) -> None:

@@ -88,12 +88,11 @@ class EnergyMeter:
         finally:
             self._stop()
 
-    def continue_from(self, energy: Energy) -> None:
-        """Count what an earlier part of the run used as well; before entering."""
+    def continue_from(self, energy: Energy | None) -> None:
+        """Begin with what an earlier part of the run used, or at nothing; before entering."""
         if self._tracker is not None:
             raise InputError("this EnergyMeter is measuring already; expected continue_from before it is entered")
-        self._kwh += energy.kwh
-        self._co2_g += energy.co2_kg * 1000
+        self._kwh, self._co2_g = (0.0, 0.0) if energy is None else (energy.kwh, energy.co2_kg * 1000)
 
     @property
     def kwh(self) -> float:

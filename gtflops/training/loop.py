@@ -18,10 +18,11 @@ import torch
 
 from gtflops.capture import ExecutedFlops, Loss, call_model, loss_of
 from gtflops.capture.batches import describe_batch
-from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError
+from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError, ProcessesError
 from gtflops.importance import ImportanceCheck, expected_drop, measure_importance
 from gtflops.importance.learning_rates import rates_of
 from gtflops.importance.measuring import require_held, restored
+from gtflops.importance.updates import local
 from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
 from gtflops.profiling import Profile, profile
 from gtflops.selection import Selection, selection_of
@@ -65,8 +66,9 @@ class GreenTrainer:
     """Trains the tensors that matter most within a budget of FLOPs a step, and chooses them anew now and then.
 
     :meth:`fit` is the whole loop. A loop of your own calls :meth:`step_boundary` before each optimizer step, with the
-    batches of that step, and is otherwise as it was. Only tensors that require gradients when the trainer is built are
-    candidates: what is frozen stays frozen.
+    batches of that step, and is otherwise as it was; one that sets ``checks`` may hold the estimate behind a selection
+    against what came of it, by :meth:`expect_drop` and :meth:`check_drop`, as :meth:`fit` does. Only tensors that
+    require gradients when the trainer is built are candidates: what is frozen stays frozen.
 
     The budget holds for the sum over all steps, each priced in the real shape of its batches: where the selection would
     cost more than what its batches may cost and earlier steps left, a smaller one is made for that step from the same
@@ -187,16 +189,22 @@ class GreenTrainer:
         if not self.candidates:
             raise InputError("every tensor of the model is frozen, so there is nothing to select from; thaw some first")
         require_held(model, optimizer)
+        self._elements = {name: local(tensor).numel() for name, tensor in model.named_parameters()}  # of this process
         self.selection: Selection | None = None
         self.epoch = 0
         self.log = TrainingLog()
         self.interrupted = False
         """Whether Ctrl-C or SIGTERM ended the last :meth:`fit`."""
+        self.checks = False
+        """Whether the loop checks the estimate: a total of FLOPs then keeps what that costs."""
         self._chosen: frozenset[str] | None = None
         self._trained: frozenset[str] | None = None
         self._share: float | None = None
         self._starts_epoch = False
-        self._fitting = self._to_check = False
+        self._to_check = False
+        self._batches: tuple[Any, ...] = ()
+        self._draws: Mapping[str, Any] = {}
+        self._predicted: float | None = None
         self._allowed, self._spent = self._before_step = 0, 0
         self._seconds_before = 0.0
         self._started: float | None = None
@@ -221,7 +229,7 @@ class GreenTrainer:
             self._starts_epoch, self.epoch = self._starts_epoch or epoch != self.epoch, epoch
             if self._chosen is None or self._is_due(len(self.log.steps), self._starts_epoch):
                 self.select(*(batches if measure_on is None else measure_on))
-            self._to_check = self._to_check and self._fitting
+            self._to_check = self._to_check and self.checks
             costs = [self._prices.of(batch) for batch in batches]
             full = self._total(costs, "all")
             allowed, names, planned = self._within_budget(costs, full)
@@ -236,10 +244,48 @@ class GreenTrainer:
                 learning_rate=rates_of(self.optimizer)[0],
             )
         self._starts_epoch = False  # until here, so that a selection that failed is made up for
+        self._predicted = None
+        if self._to_check:
+            self._batches, self._draws = batches, checkpoints.random_states()
         self._before_step = self._allowed, self._spent
         self._allowed, self._spent = allowed, self._spent + planned
         self.log.steps.append(record)
         return record
+
+    def expect_drop(self, *, scale: float = 1.0) -> None:
+        """Call it between the backward passes and the optimizer's step, if the loop checks the estimate.
+
+        In the first step after a selection by importance, it says what the loss will fall by to first order; else it
+        does nothing. ``scale`` is what the gradients were multiplied by, as clipping does. Where they are not finite,
+        so that a ``GradScaler`` leaves the step out, the next step is checked in its place.
+        """
+        if self._to_check and scale > 0:
+            drop = self.processes.drop("the predicted drop", expected_drop(self.model, self.optimizer, scale=scale))
+            self._predicted = drop if math.isfinite(drop) else None
+
+    def check_drop(self, loss: float) -> None:
+        """Call it after the optimizer's step and ``zero_grad()``, if the loop checks the estimate; ``loss`` is the
+        step's: the mean over its batches. After :meth:`expect_drop` has said something, a forward pass says what the
+        loss fell by; both are in the step's record, with a UserWarning where they are far apart."""
+        if self._predicted is None:
+            return
+        check = ImportanceCheck(self._predicted, self.processes.mean("the loss of the step", loss), self._loss_again())
+        self._predicted, self._to_check = None, False
+        record = self.log.steps[-1]
+        self.log.steps[-1] = replace(record, predicted_drop=check.predicted, real_drop=check.real)
+        if not check.holds:
+            warnings.warn(f"step {record.step}: {check}", stacklevel=3)
+
+    def _loss_again(self) -> float:
+        """The loss on the batches of a step after it, with the random numbers of the step. Changes nothing."""
+        self.log.measuring_flops += self._sum(self._prices.of(batch).forward_flops for batch in self._batches)
+        with restored(self.model, {}), torch.no_grad(), self.processes.passing():
+            checkpoints.restore_random_states(self._draws)
+            losses = [
+                loss_of(call_model(self.model, batch), batch, self.loss, trained=False).item()
+                for batch in self._batches
+            ]
+        return self.processes.mean("the loss after the step", sum(losses) / len(losses))
 
     def select(self, *batches: Any) -> SelectionRecord:
         """Choose the tensors to train from the next step on, by their importance on ``batches``."""
@@ -316,8 +362,7 @@ class GreenTrainer:
         problem = Problem.of(costs, importance, **self._conditions)
         # Asked again: what measuring took tells a budget of hours what a FLOP takes here.
         smallest_share = share_of(problem.smallest, problem.full)
-        # The estimate is checked after each selection, by the loop of `fit`.
-        checking = self._sum(self._prices.of(batch).forward_flops for batch in batches) if self._fitting else 0
+        checking = self._sum(self._prices.of(batch).forward_flops for batch in batches) if self.checks else 0
         left = self._selections_left()
         progress = self._progress(full, smallest_share, left * flops + (left + 1) * checking)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
@@ -412,8 +457,8 @@ class GreenTrainer:
             self._starts_epoch = True
         self.log.stopped, self.interrupted = None, False
         with ExitStack() as stack:
-            self._fitting = True
-            stack.callback(setattr, self, "_fitting", False)
+            stack.callback(setattr, self, "checks", self.checks)
+            self.checks = True
             interrupted = stack.enter_context(_interruption())
             stack.enter_context(self.processes.together())
             watchers = watchers if self.processes.rank == 0 else ()
@@ -448,27 +493,22 @@ class GreenTrainer:
                 run.save()
             if self.energy is not None:
                 self.log.energy = self.energy.energy
-        if interrupted.is_set() and folder is None:
-            raise KeyboardInterrupt
+            if folder is None and self.processes.any("an interruption", interrupted.is_set()):
+                raise KeyboardInterrupt
         return self.log
 
     def _step(self, batches: tuple[Any, ...]) -> StepRecord:
-        """The step that the last boundary opened. The first after a selection by importance checks the estimate."""
+        """The step that the last boundary opened."""
         started = time.perf_counter()
-        record = self.log.steps[-1]
-        draws = checkpoints.random_states() if self._to_check else None
         try:
             with ExecutedFlops() if self.count_executed else nullcontext() as executed:
                 loss = sum(self._backward(batch, left, len(batches)) for left, batch in _counted_down(batches))
             executed_flops = None if executed is None else self._sum([self.executed_flops(executed)])
             scale = 1.0
             if self.max_grad_norm is not None:
-                norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-                scale = min(1.0, self.max_grad_norm / (self.processes.whole(norm).item() + 1e-6))  # as it was clipped
-            predicted = None
-            if draws is not None:
-                drop = expected_drop(self.model, self.optimizer, scale=scale)
-                predicted = self.processes.drop("the predicted drop", drop)
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                scale = clipping_scale(self.processes.whole(norm), self.max_grad_norm)
+            self.expect_drop(scale=scale)
         except BaseException:
             self.log.steps.pop()
             self._allowed, self._spent = self._before_step
@@ -477,34 +517,14 @@ class GreenTrainer:
             raise
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        check = None
-        if draws is not None and predicted is not None:
-            check = ImportanceCheck(predicted, loss, self._loss_again(batches, draws))
-            if not check.holds:
-                warnings.warn(f"step {record.step}: {check}", stacklevel=3)
+        self.check_drop(loss)
         if self.scheduler is not None:
             self.scheduler.step()
         record = replace(
-            record,
-            loss=loss,
-            executed_flops=executed_flops,
-            seconds=time.perf_counter() - started,
-            predicted_drop=None if check is None else check.predicted,
-            real_drop=None if check is None else check.real,
+            self.log.steps[-1], loss=loss, executed_flops=executed_flops, seconds=time.perf_counter() - started
         )
         self.log.steps[-1] = record
         return record
-
-    def _loss_again(self, batches: tuple[Any, ...], draws: Mapping[str, Any]) -> float:
-        """The loss on the batches of a step after it, with the random numbers of the step. Changes nothing."""
-        self._to_check = False
-        self.log.measuring_flops += self._sum(self._prices.of(batch).forward_flops for batch in batches)
-        with restored(self.model, {}), torch.no_grad():
-            checkpoints.restore_random_states(draws)
-            losses = [
-                loss_of(call_model(self.model, batch), batch, self.loss, trained=False).item() for batch in batches
-            ]
-        return self.processes.mean("the loss after the step", sum(losses) / len(losses))
 
     def _backward(self, batch: Any, left: int, parts: int) -> float:
         """Forward and backward pass of one of the ``parts`` of a step, with ``left`` to come; its share of the loss."""
@@ -519,7 +539,10 @@ class GreenTrainer:
     def _forward(self, batch: Any) -> torch.Tensor:
         step = len(self.log.steps) - 1
         try:
-            outputs = call_model(self.processes.model, batch)
+            with self.processes.passing():
+                outputs = call_model(self.processes.model, batch)
+        except ProcessesError:  # it is another's batch
+            raise
         except Exception as error:
             raise GtflopsError(
                 f"step {step} failed, and the weights are those of the step before: {type(self.model).__name__} "
@@ -590,7 +613,7 @@ class GreenTrainer:
             mask = costs[0].mask(trainable)
             trained = zip(costs[0].tensors, mask, strict=True)
             flops += (len(costs) - 1) * sum(
-                tensor.numel for tensor, is_trained in trained if is_trained and tensor.has_gradient
+                self._elements[tensor.name] for tensor, is_trained in trained if is_trained and tensor.has_gradient
             )
         return self._sum([flops])
 
@@ -804,6 +827,11 @@ class _Run:
         else:  # a loader shuffles again as it did
             checkpoints.restore_random_states(self._at_start_of_epoch)
             self._after_skipping = random
+
+
+def clipping_scale(norm: torch.Tensor, max_norm: float) -> float:
+    """What ``clip_grad_norm_`` multiplied gradients by whose norm it gave."""
+    return min(1.0, max_norm / (norm.item() + 1e-6))
 
 
 def _require_steps_alone(scheduler: Scheduler) -> None:

@@ -1,16 +1,20 @@
 """The processes that train one model together: what they agree on, and torch's engines that join their gradients.
 
 Every agreement is a meeting of all processes, at which each also says what it came for and whether it has failed. So
-what fails on one is an error on all of them, instead of a wait without end, and so is being at different places.
+what fails on one is an error on all of them, instead of a wait without end, and so is being at different places. What
+fails while others wait for this process in torch's own communication is announced in the store of the process group;
+their waiting ends when this process does (with gloo at once, ``torchrun`` ends them too) or by the group's timeout, and
+they say then whose error it was.
 """
 
 import gc
 import hashlib
+import itertools
 import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,6 +31,9 @@ T = TypeVar("T")
 
 #: Numbers that a process brings to a meeting.
 _ROOM = 4
+
+#: Tells what one :class:`Processes` announces from what others did, which are made in the same order on every process.
+_serials = itertools.count()
 
 
 class Processes:
@@ -58,6 +65,10 @@ class Processes:
         self.count = 1 if self._group is None else dist.get_world_size(self._group)
         self.rank = 0 if self._group is None else dist.get_rank(self._group)
         self._known: BaseException | None = None
+        self._announcement = f"gtflops/failure/{next(_serials)}" if self.count > 1 else ""
+        self._passes_communicate = bool(self._sharded) or any(
+            isinstance(part, torch.nn.SyncBatchNorm) for part in self.module.modules()
+        )
 
     # --- agreeing -------------------------------------------------------------------------------------------------
 
@@ -156,12 +167,29 @@ class Processes:
 
     @contextmanager
     def communicating(self) -> Iterator[None]:
-        """Around what the engine communicates in: an error within cannot be told to the others, which wait for it."""
+        """Around what the engine communicates in, where the others cannot be met: an error within is announced to them,
+        and where it came of theirs, it says whose."""
         try:
             yield
         except Exception as error:
-            self._known = error
+            if self.count > 1 and not self._is_known(error):
+                self._known = error
+                if whose := self._announced(f"rank {self.rank}: {type(error).__name__}: {error}"):
+                    self._known = failure = ProcessesError(f"another process failed, so this one stops too: {whose}")
+                    raise failure from error
             raise
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Around passes through the model, in which some engines communicate and others do not."""
+        return self.communicating() if self._passes_communicate else nullcontext()
+
+    def _announced(self, own: str) -> str | None:
+        """What another process announced before this one; ``None`` where there is none, and now ``own`` is."""
+        with suppress(Exception):  # the store may have ended with the process that holds it
+            store = dist.distributed_c10d._get_default_store()
+            first = store.compare_set(self._announcement, "", own).decode()
+            return None if first == own else first
+        return None
 
     def _meet(self, what: str, *values: int, failed: BaseException | None = None) -> list[tuple[int, ...]]:
         """What each process says, by rank."""
@@ -171,7 +199,8 @@ class Processes:
         said = [int(failed is not None), purpose, *values, *[0] * (_ROOM - len(values))]
         own = torch.tensor(said, dtype=torch.int64, device=self._device())
         parts = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(parts, own, group=self._group)
+        with self.communicating():
+            dist.all_gather(parts, own, group=self._group)
         by_rank = [part.tolist() for part in parts]
         if any(flag for flag, *_ in by_rank):
             errors = self._gather(None if failed is None else f"{type(failed).__name__}: {failed}")
@@ -244,7 +273,8 @@ class Processes:
         if self._ddp is not None:
             self._ddp._remove_autograd_hooks()
         try:
-            yield
+            with self.passing():
+                yield
         finally:
             self.rewrap()
 

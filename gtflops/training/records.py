@@ -126,6 +126,11 @@ class TrainingLog:
         return tuple(step for step in self.steps if step.predicted_drop is not None and step.real_drop is not None)
 
     @property
+    def last_checked(self) -> StepRecord | None:
+        """The last of :attr:`checked`; ``None`` where there is none."""
+        return next((step for step in reversed(self.steps) if step.real_drop is not None), None)
+
+    @property
     def planned_flops(self) -> int:
         return sum(step.planned_flops for step in self.steps)
 
