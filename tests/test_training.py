@@ -1,7 +1,9 @@
 """The loop: frozen tensors do not move, FLOPs are what was executed, bad input is refused."""
 
 import copy
+import gc
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +349,27 @@ def test_selecting_every_epoch_or_when_a_function_says_so() -> None:
     assert [record.step for record in trainer.fit(batches).selections] == [0, 2, 5]
 
 
+@pytest.mark.parametrize("every", [1, 2, 7, 100])
+def test_how_many_selections_are_left_is_known_without_counting(every: int) -> None:
+    """For a number and for a function alike; which is asked once of each step, however often is selected."""
+    asked = 0
+
+    def due(step: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return step % every == 0
+
+    for num_steps in (None, 0, 1, 30):
+        by_number, _ = small_trainer(every=every, num_steps=num_steps)
+        by_function, _ = small_trainer(every=due, num_steps=num_steps)
+        asked = 0
+        for made in range(40):
+            by_number.log.steps = by_function.log.steps = [None] * made  # type: ignore[list-item]
+            left = sum(step % every == 0 for step in range(made + 1, num_steps or 0))
+            assert by_number._selections_left() == by_function._selections_left() == left
+        assert asked == (num_steps or 0)
+
+
 def test_what_is_trained_changes_between_steps_only() -> None:
     trainer, batches = trainer_for(every=1)
     trainer.step_boundary(batches[0])
@@ -582,6 +605,65 @@ def test_zeroed_gradients_move_nothing_that_is_frozen() -> None:
         trainer.optimizer.zero_grad(set_to_none=False)
         for name, tensor in trainer.model.named_parameters():
             assert torch.equal(tensor, before[name]) == (not tensor.requires_grad), name
+
+
+def test_a_step_that_the_optimizer_refuses_is_none() -> None:
+    trainer, batches = small_trainer(budget=None)
+    trainer.fit(batches[:2])
+    spent = trainer.state_dict()["spent"]
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no memory for its state")
+
+    handle = trainer.optimizer.register_step_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="no memory"):
+        trainer.fit(batches)
+    assert len(trainer.log.steps) == 2
+    assert trainer.state_dict()["spent"] == spent
+    assert all(tensor.grad is None for tensor in trainer.model.parameters())
+    handle.remove()
+    assert len(trainer.fit(batches[:2]).steps) == 4
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_boundary_in_the_middle_of_a_step_is_noticed(to_none: bool) -> None:
+    """Else every batch of an accumulation would be written down as a step."""
+    trainer, batches = small_trainer(every=100)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        trainer.step_boundary(first, second)
+        for batch in (first, second):
+            trainer.model(batch).square().mean().backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=to_none)
+    trainer.step_boundary(batches[0])
+    trainer.model(batches[0]).square().mean().backward()
+    with pytest.raises(gtflops.InputError, match=r"gradient of an unfinished step; .* one step_boundary\(\*batches\)"):
+        trainer.step_boundary(batches[1])
+    assert len(trainer.log.steps) == 4
+
+
+def test_gradients_may_be_zeroed_after_the_boundary_and_steps_skipped() -> None:
+    trainer, batches = small_trainer(every=100)
+    for position, batch in enumerate(batches):
+        trainer.step_boundary(batch)
+        trainer.optimizer.zero_grad()
+        trainer.model(batch).square().mean().backward()
+        if position == 3:  # as a gradient scaler does where a gradient is infinite
+            trainer.optimizer.zero_grad()
+            continue
+        trainer.optimizer.step()
+    assert len(trainer.log.steps) == 6
+
+
+def test_an_optimizer_keeps_no_trainer_alive() -> None:
+    trainer, batches = small_trainer()
+    optimizer, model, batch = trainer.optimizer, trainer.model, batches[0]
+    gone = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert gone() is None
+    model(batch).sum().backward()
+    optimizer.step()
 
 
 # --- folders and resumes ------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 import warnings
+import weakref
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -21,7 +23,7 @@ from gtflops.capture.batches import describe_batch
 from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError
 from gtflops.importance import ImportanceCheck, expected_drop, measure_importance
 from gtflops.importance.learning_rates import rates_of
-from gtflops.importance.measuring import require_held, restored
+from gtflops.importance.measuring import require_held, restored, unwrapped
 from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
 from gtflops.profiling import Profile, profile
 from gtflops.selection import Selection, selection_of
@@ -195,6 +197,10 @@ class GreenTrainer:
         self._chosen: frozenset[str] | None = None
         self._trained: frozenset[str] | None = None
         self._share: float | None = None
+        self._due: tuple[Every, int, list[int]] | None = None
+        self._is_stepped = True
+        """Whether the optimizer has made a step since the last boundary."""
+        _tell_of_steps(unwrapped(optimizer), weakref.WeakMethod(self._note_step))
         self._starts_epoch = False
         self._fitting = self._to_check = False
         self._allowed, self._spent = self._before_step = 0, 0
@@ -210,14 +216,17 @@ class GreenTrainer:
         Selects anew where that is due, on ``measure_on`` or else on the batches of the step; lets exactly the tensors
         to train require gradients; and writes down what the step will cost. ``epoch`` counts the passes over the data:
         with ``every="epoch"``, or a budget for each epoch, a new number is what makes a selection due. InputError where
-        what is trained changes and gradients of an unfinished step are there: tensors that are frozen with a gradient
-        would be moved. BudgetSpentError where the budget of a whole run does not pay for the step.
+        gradients of an unfinished step are there: it would be written down as several (``step_boundary`` is called once
+        for all of its batches), and tensors that are frozen with a gradient would be moved. BudgetSpentError where the
+        budget of a whole run does not pay for the step.
         """
         if not batches:
             raise InputError("step_boundary() got no batch, expected those of the coming optimizer step")
         with self.processes.together():
             self.processes.require_same("the number of batches of a step", str(len(batches)))
             self._require_untouched()
+            if not self._is_stepped:
+                self._require_no_gradients()
             self._starts_epoch, self.epoch = self._starts_epoch or epoch != self.epoch, epoch
             if self._chosen is None or self._is_due(len(self.log.steps), self._starts_epoch):
                 self.select(*(batches if measure_on is None else measure_on))
@@ -239,7 +248,11 @@ class GreenTrainer:
         self._before_step = self._allowed, self._spent
         self._allowed, self._spent = allowed, self._spent + planned
         self.log.steps.append(record)
+        self._is_stepped = False
         return record
+
+    def _note_step(self) -> None:
+        self._is_stepped = True
 
     def select(self, *batches: Any) -> SelectionRecord:
         """Choose the tensors to train from the next step on, by their importance on ``batches``."""
@@ -333,11 +346,14 @@ class GreenTrainer:
 
     def _selections_left(self) -> int:
         """How many selections are still to come in the run, as far as that is known."""
+        made, steps = len(self.log.steps), self.num_steps or 0
         if self.every == "epoch":
             return max(0, (self.num_epochs or 1) - self.epoch - 1)
-        return sum(
-            self._is_due(step, starts_epoch=False) for step in range(len(self.log.steps) + 1, self.num_steps or 0)
-        )
+        if isinstance(self.every, int):
+            return max(0, (steps - 1) // self.every - made // self.every)
+        if self._due is None or self._due[:2] != (self.every, steps):  # asked once of each step, not at each selection
+            self._due = self.every, steps, [step for step in range(steps) if self.every(step)]
+        return len(self._due[2]) - bisect_right(self._due[2], made)
 
     def _progress(self, full: int, smallest_share: float = 0.0, measuring_left: int = 0) -> Progress:
         """``full`` is what the coming step costs in full."""
@@ -469,13 +485,13 @@ class GreenTrainer:
             if draws is not None:
                 drop = expected_drop(self.model, self.optimizer, scale=scale)
                 predicted = self.processes.drop("the predicted drop", drop)
+            self.optimizer.step()
         except BaseException:
             self.log.steps.pop()
             self._allowed, self._spent = self._before_step
             self.optimizer.zero_grad(set_to_none=True)
             self.processes.rewrap()  # a pass that was not finished would be waited for
             raise
-        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         check = None
         if draws is not None and predicted is not None:
@@ -623,8 +639,9 @@ class GreenTrainer:
         for name, tensor in self.model.named_parameters():
             if tensor.grad is not None and bool(tensor.grad.count_nonzero()):
                 raise InputError(
-                    f"{name!r} has the gradient of an unfinished step, and what is trained changes between optimizer "
-                    "steps only; expected optimizer.step() and optimizer.zero_grad() before"
+                    f"{name!r} has the gradient of an unfinished step; expected optimizer.step() and "
+                    "optimizer.zero_grad() before: what is trained changes between optimizer steps only, and batches "
+                    "whose gradients are accumulated are given to one step_boundary(*batches)"
                 )
 
     # --- what a run can be resumed from ---------------------------------------------------------------------------
@@ -814,6 +831,16 @@ def _require_steps_alone(scheduler: Scheduler) -> None:
             f"{type(scheduler).__name__} cannot be stepped after each optimizer step ({error}); expected a schedule "
             "that goes by steps, or one that is stepped by you: leave scheduler= out, and call it in on_step"
         ) from None
+
+
+def _tell_of_steps(optimizer: torch.optim.Optimizer, listener: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Calls ``listener`` after each step; by a weak reference, so that an optimizer keeps no trainer alive."""
+
+    def tell(*_: Any) -> None:
+        if (note := listener()) is not None:
+            note()
+
+    optimizer.register_step_post_hook(tell)
 
 
 def _counted_down(batches: tuple[Any, ...]) -> Iterator[tuple[int, Any]]:
