@@ -46,7 +46,7 @@ def test_planned_flops_are_executed() -> None:
     assert all(step.planned_flops <= 0.6 * trainer.profile.full_flops for step in log.steps)
     matmul = trainer.profile.step_flops(trainer.model, ops="matmul")
     assert counted_by_pytorch(trainer.model, batches[0]) == (matmul.forward, matmul.backward)
-    assert log.measuring_flops == 3 * (trainer.profile.full_flops + trainer.profile.forward_flops)
+    assert log.measuring_flops == 3 * trainer.profile.full_flops + len(log.checked) * trainer.profile.forward_flops
 
 
 def test_accumulating_gradients_has_a_cost() -> None:
@@ -339,7 +339,8 @@ def test_importance_is_averaged_over_batches_to_come() -> None:
     assert dict(first.importance) == pytest.approx(expected)
     # Two batches are left at the end.
     costs = trainer.profile
-    assert trainer.log.measuring_flops == (3 + 3 + 2) * costs.full_flops + 3 * costs.forward_flops
+    checks = len(trainer.log.checked)
+    assert trainer.log.measuring_flops == (3 + 3 + 2) * costs.full_flops + checks * costs.forward_flops
 
 
 def test_selecting_every_epoch_or_when_a_function_says_so() -> None:
@@ -459,22 +460,46 @@ def test_watchers_and_energy(tmp_path: Path) -> None:
     assert log.energy.kwh > 0
 
 
-def test_the_estimate_is_checked_after_each_selection() -> None:
-    """The first step's drop, with dropout: both losses see the same random numbers."""
+def test_the_estimate_is_checked_after_a_selection() -> None:
+    """With dropout: both losses see the same random numbers."""
     model, batch = build("gpt2"), padded_batch()
-    before = copy.deepcopy(model.state_dict())
     trainer = gtflops.GreenTrainer(model, torch.optim.SGD(model.parameters(), lr=1e-2), batch, 0.7, 2)
     log = trainer.fit([batch] * 4)
-    assert [step.predicted_drop is not None for step in log.steps] == [True, False, True, False]
     first = log.steps[0]
     assert first.predicted_drop is not None
     assert first.real_drop == pytest.approx(first.predicted_drop, rel=0.1)
-    model.load_state_dict(before)
-    trainer = gtflops.GreenTrainer(
-        model.requires_grad_(True), torch.optim.AdamW(model.parameters(), lr=0.5), batch, 0.7, 2
-    )
+    assert first.check is not None
+    assert first.check.holds
+    costs = trainer.profile
+    assert log.measuring_flops == 2 * costs.full_flops + costs.forward_flops
+
+
+@pytest.mark.filterwarnings("ignore:step .* predicted drop")
+def test_an_estimate_that_does_not_hold_is_checked_again() -> None:
+    model, batch = build("gpt2"), padded_batch()
+    trainer = gtflops.GreenTrainer(model, torch.optim.AdamW(model.parameters(), lr=0.5), batch, 0.7, 2)
     with pytest.warns(UserWarning, match="step 0: predicted drop .* the first-order estimate does not hold"):
-        trainer.fit([batch])
+        log = trainer.fit([batch] * 3)
+    assert [step.check is not None for step in log.steps] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("rates", "checked"),
+    [
+        ((1, 1, 1, 1, 1, 1), [0, 4]),  # trusted for three steps
+        ((1, 0.9, 0.8, 0.7, 0.6, 0.5), [0, 4]),
+        ((0.1, 0.2, 0.4, 0.4, 0.4, 0.4), [0, 2]),  # a warm-up; nothing is selected at odd steps
+    ],
+)
+def test_an_estimate_that_held_is_trusted_for_a_while(
+    rates: tuple[float, ...], checked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gtflops.training.loop.TRUSTED_STEPS", 3)
+    trainer, batches = small_trainer(lambda model: torch.optim.SGD(model.parameters(), lr=1e-3))
+    trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: (*rates, 0)[step])
+    log = trainer.fit(batches)
+    assert [record.step for record in log.selections] == [0, 2, 4]
+    assert [step.step for step in log.checked] == checked
 
 
 def test_checking_the_estimate_does_not_change_the_run() -> None:

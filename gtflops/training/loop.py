@@ -44,6 +44,9 @@ Choose: TypeAlias = Callable[[Profile, int], Iterable[str]]
 
 #: Steps, besides the coming one, whose mean size a moving budget goes by.
 STEPS_SEEN = 20
+#: Steps for which a first-order estimate that held is trusted, at learning rates that are not higher: to check it takes
+#: a forward pass, a third of a full step.
+TRUSTED_STEPS = 500
 
 
 def check_every(every: Any) -> None:
@@ -276,7 +279,7 @@ class GreenTrainer:
         self.processes.require_same("the selection", " ".join(sorted(chosen)))
         self._train_only(chosen)
         self._chosen, self.selection, self._share = chosen, selection, share
-        self._to_check = selection is not None
+        self._to_check = selection is not None and self._is_check_due()
         record = SelectionRecord(
             step=len(self.log.steps),
             epoch=self.epoch,
@@ -329,10 +332,12 @@ class GreenTrainer:
         problem = Problem.of(costs, importance, **self._conditions)
         # Asked again: what measuring took tells a budget of hours what a FLOP takes here.
         smallest_share = share_of(problem.smallest, problem.full)
-        # The estimate is checked after each selection, by the loop of `fit`.
-        checking = self._sum(self._prices.of(batch).forward_flops for batch in batches) if self._fitting else 0
         left = self._selections_left()
-        progress = self._progress(full, smallest_share, left * flops + (left + 1) * checking)
+        measuring_left = left * flops
+        if self._fitting:  # a loop of one's own does not check the estimate
+            checks = self._is_check_due() + min(left, ((self.num_steps or 0) - len(self.log.steps)) // TRUSTED_STEPS)
+            measuring_left += checks * self._sum(self._prices.of(batch).forward_flops for batch in batches)
+        progress = self._progress(full, smallest_share, measuring_left)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
         if share is None:
             return None, None
@@ -343,6 +348,14 @@ class GreenTrainer:
         """BudgetSpentError where the budget of the run does not pay for ``flops``."""
         if reason := self.processes.first("what is left", lambda: self.budget.exhausted(progress, flops)):
             raise BudgetSpentError(reason)
+
+    def _is_check_due(self) -> bool:
+        """Whether the coming step is to tell if the first-order estimate holds: unless one of late did, at a learning
+        rate that was no lower."""
+        for step in reversed(self.log.steps[-TRUSTED_STEPS:]):
+            if (check := step.check) is not None:
+                return not check.holds or (rates_of(self.optimizer)[0] or 0) > (step.learning_rate or 0)
+        return True
 
     def _selections_left(self) -> int:
         """How many selections are still to come in the run, as far as that is known."""
@@ -469,7 +482,7 @@ class GreenTrainer:
         return self.log
 
     def _step(self, batches: tuple[Any, ...]) -> StepRecord:
-        """The step that the last boundary opened. The first after a selection by importance checks the estimate."""
+        """The step that the last boundary opened. The first after a selection checks the estimate where that is due."""
         started = time.perf_counter()
         record = self.log.steps[-1]
         draws = checkpoints.random_states() if self._to_check else None
