@@ -23,6 +23,8 @@ from gtflops.recipes.datasets import load
 from gtflops.recipes.memory import PeakMemory
 from gtflops.recipes.models import SMOLLM2, load_pretrained
 from gtflops.recipes.schemes import scheme
+from gtflops.sources import Live
+from gtflops.training.pricing import Prices
 
 ROUNDS = 3
 BATCH_SIZE, SEQ_LEN, LONGEST = 4, 128, 192
@@ -187,8 +189,9 @@ def test_selection_and_flips(benchmark: Any, smol: Smol) -> None:
 
 
 def test_check_of_the_estimate(benchmark: Any, smol: Smol) -> None:
-    """As the loop does it: the predicted drop before the optimizer's step, and the loss again after it."""
-    note_part(benchmark, "check of the estimate", "selection")
+    """As the loop does it: the predicted drop before the optimizer's step, and the loss again after it. Of an estimate
+    that holds, at a rate that does not rise, once in an epoch of this length."""
+    note_part(benchmark, "check of the estimate", "run")
     names = gtflops.select(smol.profile, smol.importance, 0.5).names
 
     def with_gradients() -> None:
@@ -204,18 +207,39 @@ def test_check_of_the_estimate(benchmark: Any, smol: Smol) -> None:
     smol.optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("lengths", ["one shape", "varying shapes"])
-def test_step_boundaries(benchmark: Any, smol: Smol, lengths: str) -> None:
-    """Of an epoch whose batches are as long as each other, or 64 to 192 tokens long: all but the steps themselves."""
-    note_part(benchmark, f"{STEPS} step boundaries, {lengths}", "epoch")
+def varying_epoch(smol: Smol) -> list[Batch]:
+    """Batches of 64 to 192 tokens in random order."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(SEQ_LEN // 2, LONGEST + 1, (STEPS,), generator=generator).tolist()
-    sizes = [SEQ_LEN] * STEPS if lengths == "one shape" else drawn
-    epoch = [{name: tensor[:, :size] for name, tensor in smol.longest.items()} for size in sizes]
+    return [{name: tensor[:, :size] for name, tensor in smol.longest.items()} for size in drawn]
+
+
+@pytest.mark.parametrize("lengths", ["one shape", "varying shapes"])
+def test_step_boundaries(benchmark: Any, smol: Smol, lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an epoch whose batches are as long as each other, or not: all but the steps themselves. What of it is tracing,
+    and pricing lengths that are new, is said besides."""
+    epoch = [smol.batch] * STEPS if lengths == "one shape" else varying_epoch(smol)
+    seconds = {"in traces": 0.0, "in pricing": 0.0}
+
+    def timed(part: str, owner: type, name: str) -> None:
+        function = getattr(owner, name)
+
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                seconds[part] += time.perf_counter() - start
+
+        monkeypatch.setattr(owner, name, run)
+
+    timed("in traces", Live, "trace")
+    timed("in pricing", Prices, "of")
 
     def setup() -> tuple[tuple[gtflops.GreenTrainer], dict[str, Any]]:
         trainer = a_trainer(smol)
         trainer.step_boundary(smol.batch)  # the selection is counted by itself
+        seconds.update(dict.fromkeys(seconds, 0.0))
         return (trainer,), {}
 
     def boundaries(trainer: gtflops.GreenTrainer) -> None:
@@ -223,7 +247,17 @@ def test_step_boundaries(benchmark: Any, smol: Smol, lengths: str) -> None:
         for batch in epoch:
             trainer.step_boundary(batch)
 
+    full = smol.full_step()[0]
     benchmark.pedantic(boundaries, setup=setup, rounds=1)
+    steps = benchmark.stats.stats.total / full
+    in_traces, in_pricing = seconds["in traces"], seconds["in pricing"] - seconds["in traces"]
+    note_part(
+        benchmark,
+        f"{STEPS} step boundaries, {lengths}",
+        "epoch",
+        steps=steps,
+        **{"in traces": in_traces, "in pricing": in_pricing},
+    )
     smol.model.requires_grad_(True)
 
 

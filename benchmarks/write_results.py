@@ -63,9 +63,9 @@ ADDED = """
 ## What gtflops adds to an epoch
 
 Shares of {steps} steps at budget 0.5 (the median of the table above), by the medians of the parts: *all* is trace +
-selections x (importance + selection and flips + check of the estimate) + the epoch's step boundaries. Boundaries of
-varying shapes hold all pricing: their batches are 64 to 192 tokens long in random order, none priced before. The target
-is at most 1 %, and importance at most 1.1 full steps.
+selections x (importance + selection and flips) + check of the estimate + the epoch's step boundaries. An estimate that
+holds is checked once in {steps} steps. Boundaries of varying shapes hold all pricing: their batches are 64 to 192
+tokens long in random order, none priced before. The target is at most 1 %, and importance at most 1.1 full steps.
 
 """
 
@@ -247,8 +247,10 @@ def added(results: list[Result], step: float) -> str:
         rows.append([info["part"], f"{duration(time_of(result))}{besides}", f"once a {info['per']}", *shares])
     for result in boundaries:
         share = f"{time_of(result) / (STEPS * step):.2%}"
-        part = result["extra_info"]["part"]
-        rows.append([part, duration(time_of(result)), "once an epoch", *[share] * len(epochs)])
+        info = result["extra_info"]
+        parts_of_it = f"{duration(info['in traces'])} in traces, {duration(info['in pricing'])} in pricing"
+        taken = f"{duration(time_of(result))}, {info['steps']:.3g} full steps: {parts_of_it}"
+        rows.append([info["part"], taken, "once an epoch", *[share] * len(epochs)])
     for result in boundaries:
         share = time_of(result) / (STEPS * step)
         _, _, shapes = result["extra_info"]["part"].partition(", ")

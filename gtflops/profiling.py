@@ -4,13 +4,13 @@ import difflib
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,11 @@ from gtflops.compiled import CompiledStep
 from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
 from gtflops.files import write_whole
 from gtflops.forms import CostName, GraphForm
-from gtflops.graph import GETITEM, Graph, Phase
-from gtflops.operators import Flops, FlopsByOutput, price
-from gtflops.shapes import Shapes, Sizes, Traced
+from gtflops.graph import GETITEM, Graph, Node, Phase
+from gtflops.operators import Entry, registrations
+from gtflops.shapes import Family, Interpolated, Shapes, Sizes, Traced
 from gtflops.sources import Live, Named
+from gtflops.tariff import STEP, Tariff, node_prices
 from gtflops.units import format_flops
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ FORMAT = "gtflops-profile"
 FORMAT_VERSION = 3
 
 TIMED = "operators were timed "  # so begins the note of what ``nanoseconds`` were measured on
-
-_STEP = (Phase.FORWARD, *AFTER_FORWARD)  # phases in which operators run
 
 Ops: TypeAlias = Literal["all", "matmul"]
 Reuse: TypeAlias = Literal["prefix"]
@@ -152,26 +151,7 @@ class Profile(CopiedByFields):
         cls, graph: Graph, notes: Iterable[str] = (), versions: Mapping[str, str] | None = None
     ) -> "Profile":
         """Price every node of a graph by the operator table."""
-        prices: list[Flops] = [Flops()] * len(graph.nodes)
-        cache: dict[int, Flops | FlopsByOutput | None] = {}  # equal calls of a graph are one object
-        where: dict[str, Counter[str]] = {}
-        for index, node in enumerate(graph.nodes):
-            if node.phase not in _STEP:
-                continue
-            if node.call.op == GETITEM:
-                (position,) = node.call.args
-                made_by = cache.get(id(graph.nodes[node.inputs[0]].call))  # none for a part of a part
-                if isinstance(made_by, FlopsByOutput):
-                    assert isinstance(position, int)
-                    prices[index] = made_by.outputs[position]
-                continue
-            if id(node.call) not in cache:
-                cache[id(node.call)] = price(node.call)
-            cost = cache[id(node.call)]
-            if cost is None:
-                where.setdefault(node.call.op, Counter())[node.module] += 1
-            else:
-                prices[index] = cost.shared if isinstance(cost, FlopsByOutput) else cost
+        prices, where = node_prices(graph)
         columns = _columns(graph, [flops.matmul for flops in prices], [flops.other for flops in prices])
         unsupported = tuple(
             UnsupportedOperator(op, counts.total(), tuple(module for module, _ in counts.most_common(3)))
@@ -204,20 +184,25 @@ class Profile(CopiedByFields):
     @cached_property
     def tensors(self) -> tuple[TensorCost, ...]:
         """Every tensor that can be trained, in backward order."""
-        nodes = {node.name: node for node in self.graph.nodes if node.phase is Phase.PARAMETER}
         return tuple(
             TensorCost(
-                name=name,
-                shape=nodes[name].call.output.shape,
-                numel=nodes[name].call.output.numel,
-                dtype=nodes[name].call.output.dtype,
-                module=nodes[name].module,
+                name=node.name,
+                shape=node.call.output.shape,
+                numel=node.call.output.numel,
+                dtype=node.call.output.dtype,
+                module=node.module,
                 dw_flops=int(dw),
                 dy_flops=int(dy),
-                has_gradient=self.graph.gradients[name] is not None,
+                has_gradient=has_gradient,
             )
-            for name, dw, dy in zip(self.names, self.t_dw, self.t_dy, strict=True)
+            for (node, has_gradient), dw, dy in zip(self._parameters, self.t_dw, self.t_dy, strict=True)
         )
+
+    @cached_property
+    def _parameters(self) -> tuple[tuple[Node, bool], ...]:
+        """The node of each tensor, and whether the loss depends on it."""
+        nodes = {node.name: node for node in self.graph.nodes if node.phase is Phase.PARAMETER}
+        return tuple((nodes[name], self.graph.gradients[name] is not None) for name in self.names)
 
     @cached_property
     def t_dw(self) -> npt.NDArray[np.int64]:
@@ -280,17 +265,18 @@ class Profile(CopiedByFields):
 
     def _form(self, cost: CostName, epochs_left: int | None) -> GraphForm:
         if cost == "flops":
-            prices, segments = self.prices, self._segments
+            segments, forward = self._segments, int(self._forward.sum())
         elif self.nanoseconds is not None:
-            prices = np.stack([self.nanoseconds, np.zeros_like(self.nanoseconds)])
-            segments = Segments.of(self.graph, self.names, self.needed_by, prices)
+            segments = Segments.of(self.graph, self.names, self.needed_by, self._times)
+            forward = int(self.nanoseconds[self._in_forward].sum())
         else:
             raise InputError(
                 f"this profile of {self.graph.model} has no times: gtflops.measure_time(profile, device) measures them"
             )
-        base = int(prices[:, self._in_forward].sum() + segments.always.sum())
+        base = forward + int(segments.always.sum())
         if epochs_left is None:
             return GraphForm.of(base, segments)
+        prices = self.prices if cost == "flops" else self._times
         saved: list[
             tuple[int, int]
         ] = []  # for each block the tensors that need it in every epoch, and what else it saves
@@ -299,6 +285,12 @@ class Profile(CopiedByFields):
                 flops = int(prices[:, block.nodes].sum())
                 saved.append((block.depends_on, flops - -(-flops // epochs_left)))
         return GraphForm.of(base - sum(flops for _, flops in saved), segments.with_forward(saved))
+
+    @cached_property
+    def _times(self) -> npt.NDArray[np.int64]:
+        """Nanoseconds in place of prices."""
+        assert self.nanoseconds is not None
+        return np.stack([self.nanoseconds, np.zeros_like(self.nanoseconds)])
 
     @cached_property
     def _forms(self) -> dict[tuple[CostName, int | None], GraphForm]:
@@ -431,7 +423,7 @@ class Profile(CopiedByFields):
         for node, own_keys, flops, needed in zip(self.graph.nodes, keys, prices, self.needed_by, strict=True):
             if node.phase is Phase.FORWARD or (node.phase in AFTER_FORWARD and needed & selected):
                 for key in own_keys:
-                    totals.setdefault(key, [0, 0, 0])[_STEP.index(node.phase)] += flops
+                    totals.setdefault(key, [0, 0, 0])[STEP.index(node.phase)] += flops
         steps = {key: StepFlops(*flops) for key, flops in totals.items()}
         return dict(sorted(steps.items(), key=lambda item: -item[1].total))
 
@@ -535,13 +527,17 @@ class Profile(CopiedByFields):
                 f"the profile was made by {dict(self.versions)}, here are {_versions()}, which may execute other "
                 "operators; profile the model again"
             )
-        traced = self._shapes.at(sizes)
-        notes = traced.notes
+        step = self._shapes.at(sizes)
+        notes = step.notes
         if self.compiled is not None:
             notes = ("the compiled graph was of another shape and is left out: profile(..., graph='compiled')", *notes)
         if self.nanoseconds is not None:
             notes = ("times were of another shape and are left out: gtflops.measure_time(profile, device)", *notes)
-        return replace(Profile.from_graph(traced.graph, notes, self.versions), _shapes=self._shapes, _sizes=sizes)
+        if isinstance(step, Interpolated):
+            unbuilt = _Unbuilt.of(step, notes, self.versions, self._shapes, sizes)
+            if unbuilt is not None:
+                return unbuilt
+        return replace(Profile.from_graph(step.graph, notes, self.versions), _shapes=self._shapes, _sizes=sizes)
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -694,6 +690,62 @@ class Profile(CopiedByFields):
         return profile_html(self)
 
 
+class _Unbuilt(Profile):
+    """A profile of which the costs are known: its graph, and the price of each node, are made when they are asked for.
+
+    A copy has both, and is as any other profile.
+    """
+
+    _step: Interpolated
+    _tariff: Tariff
+
+    @classmethod
+    def of(
+        cls, step: Interpolated, notes: Iterable[str], versions: Mapping[str, str], shapes: Shapes, sizes: Sizes
+    ) -> "_Unbuilt | None":
+        """``None`` where the prices of the family, or these, are no polynomials."""
+        like, tariff = _priced(step.family)
+        if tariff is None or (costs := tariff.at(step.point)) is None:
+            return None
+        # The fields of a profile but for its graph and prices, and of what is cached all that comes from these two.
+        unbuilt = object.__new__(cls)
+        unbuilt.__dict__.update(
+            unsupported=like.unsupported,
+            notes=tuple(dict.fromkeys((*notes, *like.notes))),
+            versions=dict(versions),
+            compiled=None,
+            nanoseconds=None,
+            _shapes=shapes,
+            _sizes=sizes,
+            _step=step,
+            _tariff=tariff,
+            _forward=costs.forward,
+            _segments=costs.segments,
+            **{name: getattr(like, name) for name in ("names", "needed_by", "_parameters", "_in_forward", "_position")},
+        )
+        return unbuilt
+
+    @cached_property
+    def graph(self) -> Graph:
+        return self._step.graph
+
+    @cached_property
+    def prices(self) -> npt.NDArray[np.int64]:
+        return self._tariff.prices_at(self._step.point)
+
+
+def _priced(family: Family) -> tuple[Profile, Tariff | None]:
+    """A profile of the family at one of its sizes, and its tariff; anew where the user's formulas are others by now."""
+    registered = registrations()
+    if family not in _PRICED or _PRICED[family][0] != registered:
+        like = Profile.from_graph(family.template)
+        _PRICED[family] = registered, like, Tariff.of(family, like.names, like.needed_by)
+    return _PRICED[family][1:]
+
+
+_PRICED: WeakKeyDictionary[Family, tuple[tuple[Entry, ...], Profile, Tariff | None]] = WeakKeyDictionary()
+
+
 def _columns(graph: Graph, matmul: list[int], other: list[int]) -> npt.NDArray[np.int64]:
     """Prices as int64 [2, nodes], so that no sum of them overflows. ValueError where they do not fit the graph."""
     flops = [*matmul, *other]
@@ -808,5 +860,6 @@ def profile(
     return replace(eager, compiled=compiled, notes=(*eager.notes, *compiled.notes()))
 
 
-def _versions() -> dict[str, str]:
+@cache  # reading them takes longer than pricing a shape
+def _versions() -> Mapping[str, str]:
     return {package: version(package) for package in ("gtflops", "torch", "transformers")}

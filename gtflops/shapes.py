@@ -7,15 +7,14 @@ when such a family may answer and when the step has to be traced.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from itertools import combinations, count, pairwise, product, repeat
-from math import lcm, prod
 from typing import Any, Generic, Protocol, TypeVar
 
 from gtflops.errors import GtflopsError, InputError
 from gtflops.graph import Graph, Node
 from gtflops.operators import Call
+from gtflops.polynomials import Monomial, Polynomial, interpolated
 
 T = TypeVar("T")
 
@@ -72,6 +71,14 @@ def basis(free: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     )
 
 
+def _monomials(free: Sequence[str]) -> list[Monomial]:
+    """The monomials of that basis."""
+    return [
+        tuple(name for name, power in zip(free, exponents, strict=True) for _ in range(power))
+        for exponents in basis(free)
+    ]
+
+
 def lattice(free: Sequence[str], nodes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     """The points at which polynomials of that basis are determined by their values: one for each monomial.
 
@@ -83,53 +90,6 @@ def lattice(free: Sequence[str], nodes: Mapping[str, Sequence[int]]) -> list[dic
     ]
 
 
-class Interpolation:
-    """Values of polynomials at any point, from their values at the points of a lattice; exact, in rationals."""
-
-    def __init__(self, free: Sequence[str], points: Sequence[Mapping[str, int]]) -> None:
-        self._free = tuple(free)
-        self._inverse = _inverse([self._monomials(point) for point in points])
-
-    def _monomials(self, point: Mapping[str, int]) -> list[int]:
-        return [
-            prod(point[name] ** power for name, power in zip(self._free, exponents, strict=True))
-            for exponents in basis(self._free)
-        ]
-
-    def at(self, point: Mapping[str, int], values: Sequence[tuple[int, ...]]) -> list[int] | None:
-        """One value for each tuple of values at the lattice; ``None`` where a value would be no integer."""
-        monomials = self._monomials(point)
-        weights = [
-            sum(m * row[i] for m, row in zip(monomials, self._inverse, strict=True)) for i in range(len(monomials))
-        ]
-        common = lcm(*(Fraction(weight).denominator for weight in weights))
-        whole = [int(weight * common) for weight in weights]
-        results = []
-        for known in values:
-            value, remainder = divmod(sum(weight * v for weight, v in zip(whole, known, strict=True)), common)
-            if remainder:
-                return None
-            results.append(value)
-        return results
-
-
-def _inverse(matrix: Sequence[Sequence[int]]) -> list[list[Fraction]]:
-    """By Gauss and Jordan, in rationals."""
-    size = len(matrix)
-    rows = [
-        [Fraction(value) for value in row] + [Fraction(i == j) for j in range(size)] for i, row in enumerate(matrix)
-    ]
-    for column in range(size):
-        pivot = next(i for i in range(column, size) if rows[i][column])
-        rows[column], rows[pivot] = rows[pivot], rows[column]
-        scale = rows[column][column]
-        rows[column] = [value / scale for value in rows[column]]
-        for i in range(size):
-            if i != column and (factor := rows[i][column]):
-                rows[i] = [value - factor * base for value, base in zip(rows[i], rows[column], strict=True)]
-    return [row[size:] for row in rows]
-
-
 class Family:
     """Graphs of one structure: the same operators, edges, phases, modules and arguments but for integers.
 
@@ -139,19 +99,20 @@ class Family:
 
     def __init__(
         self,
-        interpolation: Interpolation,
+        points: Sequence[Mapping[str, int]],
         template: Graph,
         frame: "_Template[Graph]",
         calls: Sequence["_Template[Call]"],
         call_of: Sequence[int],
-        values: Sequence[tuple[int, ...]],
+        integers: Sequence[int | Polynomial],
     ) -> None:
-        self._interpolation = interpolation
-        self._template = template
+        self.points = points
+        self.template = template
         self._frame = frame
         self._calls = calls
         self._call_of = call_of
-        self._values = values
+        self._integers = integers
+        self._broken = [value for value in integers if isinstance(value, Polynomial) and not value.is_whole]
 
     @classmethod
     def fit(cls, free: Sequence[str], points: Sequence[Mapping[str, int]], graphs: Sequence[Graph]) -> "Family | None":
@@ -174,15 +135,29 @@ class Family:
         frame = _Template.of([replace(graph, nodes=()) for graph in graphs], values)
         if frame is None:
             return None
-        return cls(Interpolation(free, points), template, frame, calls, call_of, tuple(values))
+        return cls(points, template, frame, calls, call_of, interpolated(_monomials(free), points, values))
+
+    def has(self, point: Mapping[str, int]) -> bool:
+        """Whether there is a graph at these sizes: where a polynomial has no integer value, it cannot be right."""
+        return all(type(value.at(point)) is int for value in self._broken)
 
     def at(self, point: Mapping[str, int]) -> Graph | None:
-        """The graph at other sizes; ``None`` where a polynomial has no integer value there, so cannot be right."""
-        values = self._interpolation.at(point, self._values)
-        if values is None:
+        """The graph at other sizes; ``None`` where there is none."""
+        if not self.has(point):
             return None
+        values = [value.at(point) if isinstance(value, Polynomial) else value for value in self._integers]
         shared: dict[Call, Call] = {}
-        calls = [shared.setdefault(call, call) for call in (template.at(values) for template in self._calls)]
+        return self._with(values, [shared.setdefault(call, call) for call in self._calls_with(values)])
+
+    @cached_property
+    def general(self) -> Graph:
+        """The graph at all sizes at once: with polynomials of them in the place of integers, for formulas to run on."""
+        return self._with(self._integers, self._calls_with(self._integers))
+
+    def _calls_with(self, values: Sequence[Any]) -> list[Call]:
+        return [template.at(values) for template in self._calls]
+
+    def _with(self, values: Sequence[Any], calls: Sequence[Call]) -> Graph:
         nodes = tuple(
             Node(*before, calls[call], *after)  # type: ignore[call-arg]  # in the order of its fields
             for (before, after), call in zip(self._around_calls, self._call_of, strict=True)
@@ -199,7 +174,7 @@ class Family:
                 tuple(getattr(node, name) for name in names[:position]),
                 tuple(getattr(node, name) for name in names[position + 1 :]),
             )
-            for node in self._template.nodes
+            for node in self.template.nodes
         ]
 
 
@@ -223,7 +198,7 @@ class _Template(Generic[T]):
         varies = any(len(set(column)) > 1 for column in columns)
         return cls(samples[0], tuple(values.setdefault(column, len(values)) for column in columns), varies)
 
-    def at(self, values: Sequence[int]) -> T:
+    def at(self, values: Sequence[Any]) -> T:
         return _with_integers(self.value, (values[slot] for slot in self.slots)) if self.varies else self.value
 
 
@@ -241,12 +216,12 @@ def _integers(value: Any) -> Iterator[int]:
             yield from _integers(getattr(value, field.name))
 
 
-def _with_integers(value: T, integers: Iterator[int]) -> T:
+def _with_integers(value: T, integers: Iterator[Any]) -> T:
     """The same record with other integers, in the order of :func:`_integers`."""
     return _replaced(value, integers)  # type: ignore[no-any-return]
 
 
-def _replaced(value: Any, integers: Iterator[int]) -> Any:
+def _replaced(value: Any, integers: Iterator[Any]) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         return next(integers)
     if isinstance(value, tuple):
@@ -276,6 +251,21 @@ class Traced:
 
     graph: Graph
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Interpolated:
+    """A step inside of what was traced: the one that ``family`` has at ``point``."""
+
+    family: Family
+    point: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    @property
+    def graph(self) -> Graph:
+        graph = self.family.at(self.point)
+        assert graph is not None
+        return graph
 
 
 class Source(Protocol):
@@ -340,14 +330,15 @@ class _Fitted:
         own way (broadcasting, folding of products)."""
         return all(size > 1 if name in self.free else size == self.region.low[name] for name, size in sizes.items())
 
-    def at(self, sizes: Sizes) -> Graph | None:
-        return self.family.at(dict(sizes.items())) if self.applies(sizes) else None
+    def has(self, sizes: Sizes) -> bool:
+        """Whether the family answers for these sizes by itself."""
+        return sizes in self.region and self.applies(sizes) and self.family.has(dict(sizes.items()))
 
     def grow(self, sizes: Sizes, graph: Graph) -> bool:
         """Takes traced sizes into the region, if the family has that graph there."""
         if sizes in self.traced:
             return True
-        if self.at(sizes) != graph:
+        if not self.applies(sizes) or self.family.at(dict(sizes.items())) != graph:
             return False
         self.traced.append(sizes)
         self.region = _Region.of(self.traced)
@@ -385,7 +376,7 @@ class Shapes:
         """A copy of a profile, in another process above all, has no model: it has none of this."""
         return type(None), ()
 
-    def at(self, sizes: Sizes) -> Traced:
+    def at(self, sizes: Sizes) -> Traced | Interpolated:
         """The step at these sizes, with a note of how it was obtained.
 
         InputError where the model refuses them, or is no longer the one that was profiled.
@@ -393,9 +384,9 @@ class Shapes:
         if sizes == self.sizes:
             return self._origin
         for fitted in self._families:
-            if sizes in fitted.region and (graph := fitted.at(sizes)) is not None:
+            if fitted.has(sizes):
                 how = f"interpolated, exactly, from {len(fitted.traced)} traces at {fitted.region}"
-                return Traced(graph, (*self._origin.notes, f"{sizes}: {how}"))
+                return Interpolated(fitted.family, dict(sizes.items()), (*self._origin.notes, f"{sizes}: {how}"))
         pins = self._pins(sizes)
         if sizes in self._waiting.get(pins, {}):
             return Traced(self._waiting[pins][sizes], (*self._origin.notes, f"{sizes}: traced"))

@@ -26,7 +26,7 @@ from gtflops import InputError, Profile
 from gtflops.capture.resizing import layout_of
 from gtflops.graph import Graph, Node, Phase
 from gtflops.operators import Call, TensorType
-from gtflops.shapes import Family, Interpolation, Sizes, basis, lattice
+from gtflops.shapes import Family, Sizes, basis, lattice
 
 VOCABULARY = 97
 _MODERN = {
@@ -689,10 +689,13 @@ def test_what_is_no_polynomial_is_found_out(lengths: list[int]) -> None:
 
 def test_a_value_between_integers_is_no_value() -> None:
     points = lattice(("batch_size",), {"batch_size": (3, 6)})
-    interpolation = Interpolation(("batch_size",), points)
-    assert interpolation.at({"batch_size": 9}, [(0, 1)]) == [2]
-    assert interpolation.at({"batch_size": 4}, [(0, 1)]) is None
-    assert interpolation.at({"batch_size": 4}, [(3 * 10**30, 6 * 10**30)]) == [4 * 10**30]
+    small = Family.fit(("batch_size",), points, [graph_of((0,)), graph_of((1,))])
+    large = Family.fit(("batch_size",), points, [graph_of((3 * 10**30,)), graph_of((6 * 10**30,))])
+    assert small is not None
+    assert large is not None
+    assert small.at({"batch_size": 9}) == graph_of((2,))
+    assert small.at({"batch_size": 4}) is None
+    assert large.at({"batch_size": 4}) == graph_of((4 * 10**30,))
 
 
 @pytest.mark.parametrize(

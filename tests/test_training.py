@@ -1,7 +1,9 @@
 """The loop: frozen tensors do not move, FLOPs are what was executed, bad input is refused."""
 
 import copy
+import gc
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def test_planned_flops_are_executed() -> None:
     assert all(step.planned_flops <= 0.6 * trainer.profile.full_flops for step in log.steps)
     matmul = trainer.profile.step_flops(trainer.model, ops="matmul")
     assert counted_by_pytorch(trainer.model, batches[0]) == (matmul.forward, matmul.backward)
-    assert log.measuring_flops == 3 * (trainer.profile.full_flops + trainer.profile.forward_flops)
+    assert log.measuring_flops == 3 * trainer.profile.full_flops + len(log.checked) * trainer.profile.forward_flops
 
 
 def test_accumulating_gradients_has_a_cost() -> None:
@@ -337,7 +339,8 @@ def test_importance_is_averaged_over_batches_to_come() -> None:
     assert dict(first.importance) == pytest.approx(expected)
     # Two batches are left at the end.
     costs = trainer.profile
-    assert trainer.log.measuring_flops == (3 + 3 + 2) * costs.full_flops + 3 * costs.forward_flops
+    checks = len(trainer.log.checked)
+    assert trainer.log.measuring_flops == (3 + 3 + 2) * costs.full_flops + checks * costs.forward_flops
 
 
 def test_selecting_every_epoch_or_when_a_function_says_so() -> None:
@@ -345,6 +348,27 @@ def test_selecting_every_epoch_or_when_a_function_says_so() -> None:
     assert [record.step for record in trainer.fit(batches[:3], epochs=2).selections] == [0, 3]
     trainer, batches = trainer_for(every=lambda step: step in (2, 5))
     assert [record.step for record in trainer.fit(batches).selections] == [0, 2, 5]
+
+
+@pytest.mark.parametrize("every", [1, 2, 7, 100])
+def test_how_many_selections_are_left_is_known_without_counting(every: int) -> None:
+    """For a number and for a function alike; which is asked once of each step, however often is selected."""
+    asked = 0
+
+    def due(step: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return step % every == 0
+
+    for num_steps in (None, 0, 1, 30):
+        by_number, _ = small_trainer(every=every, num_steps=num_steps)
+        by_function, _ = small_trainer(every=due, num_steps=num_steps)
+        asked = 0
+        for made in range(40):
+            by_number.log.steps = by_function.log.steps = [None] * made  # type: ignore[list-item]
+            left = sum(step % every == 0 for step in range(made + 1, num_steps or 0))
+            assert by_number._selections_left() == by_function._selections_left() == left
+        assert asked == (num_steps or 0)
 
 
 def test_what_is_trained_changes_between_steps_only() -> None:
@@ -436,22 +460,46 @@ def test_watchers_and_energy(tmp_path: Path) -> None:
     assert log.energy.kwh > 0
 
 
-def test_the_estimate_is_checked_after_each_selection() -> None:
-    """The first step's drop, with dropout: both losses see the same random numbers."""
+def test_the_estimate_is_checked_after_a_selection() -> None:
+    """With dropout: both losses see the same random numbers."""
     model, batch = build("gpt2"), padded_batch()
-    before = copy.deepcopy(model.state_dict())
     trainer = gtflops.GreenTrainer(model, torch.optim.SGD(model.parameters(), lr=1e-2), batch, 0.7, 2)
     log = trainer.fit([batch] * 4)
-    assert [step.predicted_drop is not None for step in log.steps] == [True, False, True, False]
     first = log.steps[0]
     assert first.predicted_drop is not None
     assert first.real_drop == pytest.approx(first.predicted_drop, rel=0.1)
-    model.load_state_dict(before)
-    trainer = gtflops.GreenTrainer(
-        model.requires_grad_(True), torch.optim.AdamW(model.parameters(), lr=0.5), batch, 0.7, 2
-    )
+    assert first.check is not None
+    assert first.check.holds
+    costs = trainer.profile
+    assert log.measuring_flops == 2 * costs.full_flops + costs.forward_flops
+
+
+@pytest.mark.filterwarnings("ignore:step .* predicted drop")
+def test_an_estimate_that_does_not_hold_is_checked_again() -> None:
+    model, batch = build("gpt2"), padded_batch()
+    trainer = gtflops.GreenTrainer(model, torch.optim.AdamW(model.parameters(), lr=0.5), batch, 0.7, 2)
     with pytest.warns(UserWarning, match="step 0: predicted drop .* the first-order estimate does not hold"):
-        trainer.fit([batch])
+        log = trainer.fit([batch] * 3)
+    assert [step.check is not None for step in log.steps] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("rates", "checked"),
+    [
+        ((1, 1, 1, 1, 1, 1), [0, 4]),  # trusted for three steps
+        ((1, 0.9, 0.8, 0.7, 0.6, 0.5), [0, 4]),
+        ((0.1, 0.2, 0.4, 0.4, 0.4, 0.4), [0, 2]),  # a warm-up; nothing is selected at odd steps
+    ],
+)
+def test_an_estimate_that_held_is_trusted_for_a_while(
+    rates: tuple[float, ...], checked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gtflops.training.loop.TRUSTED_STEPS", 3)
+    trainer, batches = small_trainer(lambda model: torch.optim.SGD(model.parameters(), lr=1e-3))
+    trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: (*rates, 0)[step])
+    log = trainer.fit(batches)
+    assert [record.step for record in log.selections] == [0, 2, 4]
+    assert [step.step for step in log.checked] == checked
 
 
 def test_checking_the_estimate_does_not_change_the_run() -> None:
@@ -616,6 +664,65 @@ def test_zeroed_gradients_move_nothing_that_is_frozen() -> None:
         trainer.optimizer.zero_grad(set_to_none=False)
         for name, tensor in trainer.model.named_parameters():
             assert torch.equal(tensor, before[name]) == (not tensor.requires_grad), name
+
+
+def test_a_step_that_the_optimizer_refuses_is_none() -> None:
+    trainer, batches = small_trainer(budget=None)
+    trainer.fit(batches[:2])
+    spent = trainer.state_dict()["spent"]
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no memory for its state")
+
+    handle = trainer.optimizer.register_step_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="no memory"):
+        trainer.fit(batches)
+    assert len(trainer.log.steps) == 2
+    assert trainer.state_dict()["spent"] == spent
+    assert all(tensor.grad is None for tensor in trainer.model.parameters())
+    handle.remove()
+    assert len(trainer.fit(batches[:2]).steps) == 4
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_boundary_in_the_middle_of_a_step_is_noticed(to_none: bool) -> None:
+    """Else every batch of an accumulation would be written down as a step."""
+    trainer, batches = small_trainer(every=100)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        trainer.step_boundary(first, second)
+        for batch in (first, second):
+            trainer.model(batch).square().mean().backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=to_none)
+    trainer.step_boundary(batches[0])
+    trainer.model(batches[0]).square().mean().backward()
+    with pytest.raises(gtflops.InputError, match=r"gradient of an unfinished step; .* one step_boundary\(\*batches\)"):
+        trainer.step_boundary(batches[1])
+    assert len(trainer.log.steps) == 4
+
+
+def test_gradients_may_be_zeroed_after_the_boundary_and_steps_skipped() -> None:
+    trainer, batches = small_trainer(every=100)
+    for position, batch in enumerate(batches):
+        trainer.step_boundary(batch)
+        trainer.optimizer.zero_grad()
+        trainer.model(batch).square().mean().backward()
+        if position == 3:  # as a gradient scaler does where a gradient is infinite
+            trainer.optimizer.zero_grad()
+            continue
+        trainer.optimizer.step()
+    assert len(trainer.log.steps) == 6
+
+
+def test_an_optimizer_keeps_no_trainer_alive() -> None:
+    trainer, batches = small_trainer()
+    optimizer, model, batch = trainer.optimizer, trainer.model, batches[0]
+    gone = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert gone() is None
+    model(batch).sum().backward()
+    optimizer.step()
 
 
 # --- folders and resumes ------------------------------------------------------------------------------------------

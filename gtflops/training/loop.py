@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 import warnings
+import weakref
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -21,7 +23,7 @@ from gtflops.capture.batches import describe_batch
 from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError, ProcessesError
 from gtflops.importance import ImportanceCheck, expected_drop, measure_importance
 from gtflops.importance.learning_rates import rates_of
-from gtflops.importance.measuring import require_held, restored
+from gtflops.importance.measuring import require_held, restored, unwrapped
 from gtflops.importance.updates import local
 from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
 from gtflops.profiling import Profile, profile
@@ -43,6 +45,9 @@ Choose: TypeAlias = Callable[[Profile, int], Iterable[str]]
 
 #: Steps, besides the coming one, whose mean size a moving budget goes by.
 STEPS_SEEN = 20
+#: Steps for which a first-order estimate that held is trusted, at learning rates that are not higher: to check it takes
+#: a forward pass, a third of a full step.
+TRUSTED_STEPS = 500
 
 
 def check_every(every: Any) -> None:
@@ -200,6 +205,10 @@ class GreenTrainer:
         self._chosen: frozenset[str] | None = None
         self._trained: frozenset[str] | None = None
         self._share: float | None = None
+        self._due: tuple[Every, int, list[int]] | None = None
+        self._is_stepped = True
+        """Whether the optimizer has made a step since the last boundary."""
+        _tell_of_steps(unwrapped(optimizer), weakref.WeakMethod(self._note_step))
         self._starts_epoch = False
         self._to_check = False
         self._batches: tuple[Any, ...] = ()
@@ -218,14 +227,17 @@ class GreenTrainer:
         Selects anew where that is due, on ``measure_on`` or else on the batches of the step; lets exactly the tensors
         to train require gradients; and writes down what the step will cost. ``epoch`` counts the passes over the data:
         with ``every="epoch"``, or a budget for each epoch, a new number is what makes a selection due. InputError where
-        what is trained changes and gradients of an unfinished step are there: tensors that are frozen with a gradient
-        would be moved. BudgetSpentError where the budget of a whole run does not pay for the step.
+        gradients of an unfinished step are there: it would be written down as several (``step_boundary`` is called once
+        for all of its batches), and tensors that are frozen with a gradient would be moved. BudgetSpentError where the
+        budget of a whole run does not pay for the step.
         """
         if not batches:
             raise InputError("step_boundary() got no batch, expected those of the coming optimizer step")
         with self.processes.together():
             self.processes.require_same("the number of batches of a step", str(len(batches)))
             self._require_untouched()
+            if not self._is_stepped:
+                self._require_no_gradients()
             self._starts_epoch, self.epoch = self._starts_epoch or epoch != self.epoch, epoch
             if self._chosen is None or self._is_due(len(self.log.steps), self._starts_epoch):
                 self.select(*(batches if measure_on is None else measure_on))
@@ -250,7 +262,11 @@ class GreenTrainer:
         self._before_step = self._allowed, self._spent
         self._allowed, self._spent = allowed, self._spent + planned
         self.log.steps.append(record)
+        self._is_stepped = False
         return record
+
+    def _note_step(self) -> None:
+        self._is_stepped = True
 
     def expect_drop(self, *, scale: float = 1.0) -> None:
         """Call it between the backward passes and the optimizer's step, if the loop checks the estimate.
@@ -309,7 +325,7 @@ class GreenTrainer:
         self.processes.require_same("the selection", " ".join(sorted(chosen)))
         self._train_only(chosen)
         self._chosen, self.selection, self._share = chosen, selection, share
-        self._to_check = selection is not None
+        self._to_check = selection is not None and self._is_check_due()
         record = SelectionRecord(
             step=len(self.log.steps),
             epoch=self.epoch,
@@ -362,9 +378,12 @@ class GreenTrainer:
         problem = Problem.of(costs, importance, **self._conditions)
         # Asked again: what measuring took tells a budget of hours what a FLOP takes here.
         smallest_share = share_of(problem.smallest, problem.full)
-        checking = self._sum(self._prices.of(batch).forward_flops for batch in batches) if self.checks else 0
         left = self._selections_left()
-        progress = self._progress(full, smallest_share, left * flops + (left + 1) * checking)
+        measuring_left = left * flops
+        if self.checks:
+            checks = self._is_check_due() + min(left, ((self.num_steps or 0) - len(self.log.steps)) // TRUSTED_STEPS)
+            measuring_left += checks * self._sum(self._prices.of(batch).forward_flops for batch in batches)
+        progress = self._progress(full, smallest_share, measuring_left)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
         if share is None:
             return None, None
@@ -376,13 +395,24 @@ class GreenTrainer:
         if reason := self.processes.first("what is left", lambda: self.budget.exhausted(progress, flops)):
             raise BudgetSpentError(reason)
 
+    def _is_check_due(self) -> bool:
+        """Whether the coming step is to tell if the first-order estimate holds: unless one of late did, at a learning
+        rate that was no lower."""
+        for step in reversed(self.log.steps[-TRUSTED_STEPS:]):
+            if (check := step.check) is not None:
+                return not check.holds or (rates_of(self.optimizer)[0] or 0) > (step.learning_rate or 0)
+        return True
+
     def _selections_left(self) -> int:
         """How many selections are still to come in the run, as far as that is known."""
+        made, steps = len(self.log.steps), self.num_steps or 0
         if self.every == "epoch":
             return max(0, (self.num_epochs or 1) - self.epoch - 1)
-        return sum(
-            self._is_due(step, starts_epoch=False) for step in range(len(self.log.steps) + 1, self.num_steps or 0)
-        )
+        if isinstance(self.every, int):
+            return max(0, (steps - 1) // self.every - made // self.every)
+        if self._due is None or self._due[:2] != (self.every, steps):  # asked once of each step, not at each selection
+            self._due = self.every, steps, [step for step in range(steps) if self.every(step)]
+        return len(self._due[2]) - bisect_right(self._due[2], made)
 
     def _progress(self, full: int, smallest_share: float = 0.0, measuring_left: int = 0) -> Progress:
         """``full`` is what the coming step costs in full."""
@@ -509,13 +539,13 @@ class GreenTrainer:
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
                 scale = clipping_scale(self.processes.whole(norm), self.max_grad_norm)
             self.expect_drop(scale=scale)
+            self.optimizer.step()
         except BaseException:
             self.log.steps.pop()
             self._allowed, self._spent = self._before_step
             self.optimizer.zero_grad(set_to_none=True)
             self.processes.rewrap()  # a pass that was not finished would be waited for
             raise
-        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.check_drop(loss)
         if self.scheduler is not None:
@@ -646,8 +676,9 @@ class GreenTrainer:
         for name, tensor in self.model.named_parameters():
             if tensor.grad is not None and bool(tensor.grad.count_nonzero()):
                 raise InputError(
-                    f"{name!r} has the gradient of an unfinished step, and what is trained changes between optimizer "
-                    "steps only; expected optimizer.step() and optimizer.zero_grad() before"
+                    f"{name!r} has the gradient of an unfinished step; expected optimizer.step() and "
+                    "optimizer.zero_grad() before: what is trained changes between optimizer steps only, and batches "
+                    "whose gradients are accumulated are given to one step_boundary(*batches)"
                 )
 
     # --- what a run can be resumed from ---------------------------------------------------------------------------
@@ -842,6 +873,16 @@ def _require_steps_alone(scheduler: Scheduler) -> None:
             f"{type(scheduler).__name__} cannot be stepped after each optimizer step ({error}); expected a schedule "
             "that goes by steps, or one that is stepped by you: leave scheduler= out, and call it in on_step"
         ) from None
+
+
+def _tell_of_steps(optimizer: torch.optim.Optimizer, listener: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Calls ``listener`` after each step; by a weak reference, so that an optimizer keeps no trainer alive."""
+
+    def tell(*_: Any) -> None:
+        if (note := listener()) is not None:
+            note()
+
+    optimizer.register_step_post_hook(tell)
 
 
 def _counted_down(batches: tuple[Any, ...]) -> Iterator[tuple[int, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from gtflops.capture import Loss, batch_types
 from gtflops.capture.batches import batch_tensors
 from gtflops.capture.resizing import Layout, layout_of
 from gtflops.errors import InputError
+from gtflops.operators import TensorType
 from gtflops.profiling import Profile, profile
 
 #: The greatest length that is traced ahead of its coming: enough for most, and masks of it take no memory to speak of.
@@ -28,43 +30,44 @@ class Prices:
     def __init__(self, model: torch.nn.Module, loss: Loss | None) -> None:
         self._model = model
         self._loss = loss
-        self._known: dict[Hashable, Profile] = {}
+        self._known: dict[_Look, Profile] = {}
         self._bases: dict[Hashable, Profile] = {}
         self._traced_ahead: dict[tuple[Hashable, str], int] = {}
         self._has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
     def add(self, known: Profile, batch: Any = None) -> None:
         """Take a profile of the model on ``batch``; without one, it answers for batches of the same types only."""
-        modes = self._modes()
         if batch is None:
-            self._known[(tuple(known.graph.batch.items()), (), modes)] = known
+            self._known[_Look(tuple(known.graph.batch.items()), (), self._modes())] = known
             return
-        self._known[(tuple(batch_types(batch).items()), _values(batch), modes)] = known
-        layout = self._layout(batch)
-        if layout is not None:
-            self._bases.setdefault(self._kind(batch, layout), known)
+        look = self._look(batch)
+        self._known[look] = known
+        if (layout := self._layout(batch)) is not None:
+            self._bases.setdefault(look.kind(layout), known)
 
     def of(self, batch: Any) -> Profile:
         """The profile of a step on ``batch``. The errors are those of :func:`gtflops.profile`."""
-        types = tuple(batch_types(batch).items())
-        modes = self._modes()
-        values = _values(batch)
-        for key in ((types, values, modes), (types, (), modes)):
+        look = self._look(batch)
+        for key in (look, replace(look, values=())):
             if key in self._known:
                 return self._known[key]
-        priced = self._at_sizes_of(batch) or profile(self._model, batch, self._loss)
-        self.add(priced, batch)
-        return priced
-
-    def _at_sizes_of(self, batch: Any) -> Profile | None:
-        """From the profile of a batch that differs by its sizes; ``None`` where there is none."""
         layout = self._layout(batch)
-        if layout is None or (base := self._bases.get(kind := self._kind(batch, layout))) is None:
-            return None
-        sizes = dict(layout.sizes.items())
-        with suppress(InputError):  # sizes that cannot be told apart: the batch itself is traced
+        kind = None if layout is None else look.kind(layout)
+        known = None
+        if layout is not None and kind in self._bases:
+            known = self._at_sizes_of(layout, kind, self._bases[kind])
+        if known is None:
+            known = profile(self._model, batch, self._loss)
+        if kind is not None:
+            self._bases.setdefault(kind, known)
+        self._known[look] = known
+        return known
+
+    def _at_sizes_of(self, layout: Layout, kind: Hashable, base: Profile) -> Profile | None:
+        """From the profile of a batch that differs by its sizes; ``None`` where they cannot be told apart."""
+        with suppress(InputError):
             self._trace_ahead(kind, base, layout)
-            return base.at(**sizes)
+            return base.at(**dict(layout.sizes.items()))
         return None
 
     def _trace_ahead(self, kind: Hashable, base: Profile, layout: Layout) -> None:
@@ -83,12 +86,25 @@ class Prices:
             return layout_of(batch, has_decoder=self._has_decoder)
         return None
 
-    def _kind(self, batch: Any, layout: Layout) -> Hashable:
-        names_and_types = tuple((name, kind.dtype, len(kind.shape)) for name, kind in batch_types(batch).items())
-        return names_and_types, layout.roles, _values(batch), self._modes()
+    def _look(self, batch: Any) -> "_Look":
+        return _Look(tuple(batch_types(batch).items()), _values(batch), self._modes())
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self._model.modules())
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """All that the operators of a step may depend on."""
+
+    types: tuple[tuple[str, TensorType], ...]
+    values: tuple[Hashable, ...]
+    modes: tuple[bool, ...]
+
+    def kind(self, layout: Layout) -> Hashable:
+        """The same but for the sizes."""
+        types = tuple((name, tensor.dtype, len(tensor.shape)) for name, tensor in self.types)
+        return types, layout.roles, self.values, self.modes
 
 
 def _values(batch: Any) -> tuple[Hashable, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gtflops.importance import ImportanceCheck
 from gtflops.profiling import Profile
 from gtflops.selection import Selection
 from gtflops.training.energy import Energy
@@ -70,7 +71,8 @@ class StepRecord:
     ``full_flops`` is what the same batches cost with every tensor trained. ``loss``, ``executed_flops`` and
     ``seconds`` are ``None`` where they were not observed: in a loop of the user's own, or without ``count_executed``.
     ``learning_rate`` is that of the first parameter group, ``None`` for an optimizer that finds its own.
-    The first step after a selection has what the loss was to fall by, to first order, and what it fell by.
+    The first step after a selection has what the loss was to fall by, to first order, and what it fell by, unless an
+    estimate of late held at a learning rate that was no lower.
     """
 
     step: int
@@ -84,11 +86,18 @@ class StepRecord:
     predicted_drop: float | None = None
     real_drop: float | None = None
 
+    @property
+    def check(self) -> ImportanceCheck | None:
+        """Does the estimate hold? ``None`` for a step that did not check it."""
+        if self.predicted_drop is None or self.real_drop is None or self.loss is None:
+            return None
+        return ImportanceCheck(self.predicted_drop, self.loss, self.loss - self.real_drop)
+
 
 @dataclass(slots=True)
 class TrainingLog:
     """What was trained, in order. FLOPs of training steps; each selection adds about one full step to measure,
-    and a forward pass to check.
+    and those after which the estimate is checked a forward pass.
 
     ``stopped`` says why a run ended before its batches did, ``energy`` what it took, where that was measured.
     """
