@@ -96,18 +96,23 @@ class Output:
         return hidden, _position_bias(block, hidden, args, kwargs), None
 
 
-def require_not_compiled_around(model: torch.nn.Module, stretches: Iterable[Stretch]) -> None:
-    """InputError where a module that calls the blocks is compiled: its code would be compiled anew for each batch."""
-    for name in (name for stretch in stretches for name in stretch.names):
-        path = name
-        while path:
-            path = path.rpartition(".")[0]
-            around = model.get_submodule(path)
-            if around._compiled_call_impl is not None or isinstance(around, torch._dynamo.OptimizedModule):
-                raise InputError(
-                    f"{path or 'the model'} is compiled, and calls {name}, which is to be skipped; expected each block "
-                    "compiled by itself: for block in model.model.layers: block.compile()"
-                )
+def callers_of(model: torch.nn.Module, stretches: Iterable[Stretch]) -> dict[str, torch.nn.Module]:
+    """The modules that the blocks are in, by path."""
+    paths = {""}
+    for stretch in stretches:
+        parts = stretch.boundary.split(".")
+        paths.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    return {path: model.get_submodule(path) for path in sorted(paths)}
+
+
+def require_not_compiled(modules: Mapping[str, torch.nn.Module]) -> None:
+    """InputError where a module that calls skipped blocks is compiled: it would be compiled anew for each batch."""
+    for path, module in modules.items():
+        if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule):
+            raise InputError(
+                f"{path or 'the model'} is compiled, and calls blocks that are to be skipped; expected each block "
+                "compiled by itself: for block in model.model.layers: block.compile()"
+            )
 
 
 def hidden_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -62,16 +62,16 @@ def fingerprint_of(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
     PyTorch counts changes in place, but not those through ``.data``, so some values are looked at as well.
     """
     listed = list(tensors)
-    samples = [
-        tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _NUM_SAMPLES)][:_NUM_SAMPLES] for tensor in listed
-    ]
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for sample in samples:
-        # Integers of 8 bytes, too, are told apart by their lower bits in what they are as bytes.
-        by_device.setdefault(sample.device, []).append(sample.contiguous().view(torch.uint8))
+    samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    with torch.no_grad():
+        for tensor in listed:
+            step = max(1, tensor.numel() // _NUM_SAMPLES)
+            sample = tensor.reshape(-1)[::step][:_NUM_SAMPLES]
+            samples.setdefault((tensor.device, tensor.dtype), []).append(sample)
+        taken = [torch.cat(alike).view(torch.uint8).cpu().numpy().tobytes() for alike in samples.values()]
     return (
         *((id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in listed),
-        *(torch.cat(taken).cpu().numpy().tobytes() for taken in by_device.values()),
+        *taken,
     )
 
 

@@ -20,6 +20,13 @@ class Front:
     tensors: tuple[str, ...]
     modules: tuple[str, ...]
 
+    def without(self, modules: Container[str]) -> "Front":
+        """What is not in these modules."""
+        return Front(
+            tuple(name for name in self.tensors if name.rpartition(".")[0] not in modules),
+            tuple(name for name in self.modules if name not in modules),
+        )
+
 
 class Watch(TorchFunctionMode):
     """Finds the :class:`Front` of a forward pass: from the first call of a module in the ``with`` to :meth:`reached`.
@@ -97,17 +104,6 @@ class Watch(TorchFunctionMode):
         if self._device.type != "cpu":
             states.append(torch.get_device_module(self._device).get_rng_state())
         return b"".join(state.cpu().numpy().tobytes() for state in states)
-
-
-def require_no_batch_statistics(name: str, module: torch.nn.Module, in_training: Container[torch.nn.Module]) -> None:
-    """UnsupportedModelError for a normalisation over the batch: what it computes depends on the others in it."""
-    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (
-        module in in_training or module.running_mean is None
-    ):
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) normalises by the statistics of the batch, so what it computes for an "
-            "example differs from batch to batch; put it into evaluation mode (.eval()), or a boundary in front of it"
-        )
 
 
 def _require_same_for_any_length(name: str, module: torch.nn.Module) -> None:

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gtflops.errors import InputError, UnsupportedModelError
-from gtflops.reuse.blocks import Output, Stretch, hidden_of, replaced, require_not_compiled_around, stretches_of
+from gtflops.reuse.blocks import Output, Stretch, callers_of, hidden_of, replaced, require_not_compiled, stretches_of
 from gtflops.reuse.constants import digest_of, fingerprint_of
 from gtflops.reuse.examples import TARGETS, Example, examples_of
-from gtflops.reuse.front import Front, Watch, require_no_batch_statistics
+from gtflops.reuse.front import Front, Watch
 from gtflops.reuse.store import ActivationStore, Key
 
 
@@ -49,7 +50,7 @@ class Prefix:
 
     An example is found by its inputs; two are the same if those are, whatever their labels, unless decoder blocks of an
     encoder-decoder are among the skipped ones, whose inputs labels are. Enter ``torch.autocast`` outside of the
-    ``with``. After changing the prefix other than in its weights, make another object.
+    ``with``. After changing the model other than in its weights, make another object.
 
     >>> import tempfile
     >>> _ = torch.manual_seed(0)
@@ -76,6 +77,9 @@ class Prefix:
             for name, block in zip(stretch.names, stretch.modules, strict=True)
             for path, module in block.named_modules()
         }
+        self._callers = callers_of(model, self.stretches)
+        self._all_modules = list(model.modules())
+        self._batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
         self._outputs: dict[str, Output] = {}
         # What runs in front depends on which inputs there are.
         self._fronts: dict[frozenset[str], Front] = {}
@@ -95,14 +99,15 @@ class Prefix:
     @contextmanager
     def for_batch(self, batch: Mapping[str, Any]) -> Iterator[bool]:
         """For one forward pass on ``batch``, its arguments by name; True where the skipped blocks will not run."""
-        require_not_compiled_around(self.model, self.stretches)
+        require_not_compiled(self._callers)
         inputs, labels = self._inputs_of(batch)
         examples = examples_of(inputs, labels)
         kind = frozenset(name for name, value in inputs.items() if value is not None)
         front = self._fronts.get(kind)
         stored = None
+        by_batch = self._by_batch()
         if front is not None:
-            self._require_constant(front, [module for module in self.model.modules() if module.training])
+            self._require_constant(front, by_batch)
             stored = self._read(front, examples)
         if stored is not None:
             with _Reusing(self, examples, stored) as reusing:
@@ -110,12 +115,10 @@ class Prefix:
                 reusing.require_passed()
             self._num_read += len(examples)
             return
-        with _Computing(self, examples, watch=front is None) as computing:
+        with _Computing(self, examples, front, by_batch) as computing:
             yield False
             computing.require_passed()
-        if computing.front is not None:
-            front = self._fronts[kind] = computing.front
-        assert front is not None
+        front = self._fronts[kind] = computing.front
         self._write(front, examples, computing.activations)
         self._num_computed += len(examples)
 
@@ -156,7 +159,11 @@ class Prefix:
     def _modules(self, front: Front) -> dict[str, torch.nn.Module]:
         return {**{name: self.model.get_submodule(name) for name in front.modules}, **self._skipped}
 
-    def _require_constant(self, front: Front, in_training: Sequence[torch.nn.Module]) -> None:
+    def _by_batch(self) -> list[str]:
+        """Names of the modules that normalise by the statistics of the batch, in the modes that they are in."""
+        return [name for name, norm in self._batch_norms.items() if norm.training or norm.running_mean is None]
+
+    def _require_constant(self, front: Front, by_batch: Iterable[str]) -> None:
         """InputError where something in front of the boundary is trained, UnsupportedModelError where what is computed
         there depends on the other examples of a batch."""
         trained = [name for name, tensor in self._tensors(front).items() if tensor.requires_grad]
@@ -166,8 +173,13 @@ class Prefix:
                 f"gradient, first {trained[0]}; expected all of them to be frozen, by requires_grad_(False), or fewer "
                 "blocks to skip"
             )
-        for name, module in self._modules(front).items():
-            require_no_batch_statistics(name, module, in_training)
+        for name in by_batch:
+            if name in front.modules or name in self._skipped:
+                raise UnsupportedModelError(
+                    f"{name} ({type(self._batch_norms[name]).__name__}) normalises by the statistics of the batch, so "
+                    "what it computes for an example differs from batch to batch; expected it in evaluation mode "
+                    "(.eval()), or a boundary in front of it"
+                )
 
     def _digest(self, front: Front) -> str:
         """Of the prefix as it is now; weights are read again only where something changed."""
@@ -213,7 +225,6 @@ class _Pass(ABC):
 
     def __init__(self, prefix: Prefix, examples: Sequence[Example]) -> None:
         self._prefix = prefix
-        self._model = prefix.model
         self._examples = examples
         self._device = _device_of(prefix.model)
         self._ended: set[str] = set()
@@ -223,10 +234,10 @@ class _Pass(ABC):
 
     def __enter__(self) -> Any:
         with ExitStack() as exits:
-            self._in_training = [module for module in self._model.modules() if module.training]
+            self._in_training = [module for module in self._prefix._all_modules if module.training]
             exits.callback(self._restore_training)
             for module in self._in_training:
-                module.training = False
+                vars(module)["training"] = False  # hundreds of modules: setattr, which registers, takes milliseconds
             for stretch in self._prefix.stretches:
                 for name, block in zip(stretch.names, stretch.modules, strict=True):
                     exits.enter_context(replaced(block, partial(self._call, stretch, name, block, block.forward)))
@@ -311,18 +322,26 @@ class _Pass(ABC):
 
     def _restore_training(self) -> None:
         while self._in_training:
-            self._in_training.pop().training = True
+            vars(self._in_training.pop())["training"] = True
 
 
 class _Computing(_Pass):
     """Everything runs, the blocks without gradients; ``activations`` are those of each example at each boundary."""
 
-    def __init__(self, prefix: Prefix, examples: Sequence[Example], *, watch: bool) -> None:
+    def __init__(
+        self, prefix: Prefix, examples: Sequence[Example], front: Front | None, by_batch: Sequence[str]
+    ) -> None:
         super().__init__(prefix, examples)
         self.activations: list[dict[str, torch.Tensor]] = [{} for _ in examples]
-        self._watch = Watch(prefix.model, self._device) if watch else None
-        #: What was found to run in front, if this pass watches.
-        self.front: Front | None = None
+        self._watch = Watch(prefix.model, self._device) if front is None else None
+        self._front = front
+        self._by_batch = by_batch
+
+    @property
+    def front(self) -> Front:
+        """What runs in front: as it was known, or as it was found in this pass, which has passed."""
+        assert self._front is not None
+        return self._front
 
     def _around(self) -> AbstractContextManager[Any]:
         return self._watch or nullcontext()
@@ -349,8 +368,9 @@ class _Computing(_Pass):
 
     def _passed(self) -> None:
         if self._watch is not None:
-            self.front = self._watch.reached(self._prefix.stretches[-1].boundary)
-            self._prefix._require_constant(self.front, self._in_training)
+            found = self._watch.reached(self._prefix.stretches[-1].boundary)
+            self._front = found.without(self._prefix._skipped)
+            self._prefix._require_constant(self._front, self._by_batch)
         super()._passed()
 
 
