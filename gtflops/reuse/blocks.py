@@ -62,7 +62,8 @@ class Output:
     """What a block returns besides its hidden states, so that it can be returned without running the block.
 
     ``num_items`` is the length of the tuple that the hidden states are the first of, or None where they are all.
-    ``has_position_bias``: the second is T5's relative position bias, which its first block makes for all.
+    ``has_position_bias``: the second is T5's relative position bias, which its first block makes for all. All other
+    items are None then; ``Watch`` sees to it that none of them is used.
     """
 
     num_items: int | None
@@ -74,14 +75,13 @@ class Output:
         if isinstance(output, torch.Tensor):
             return cls(None, False)
         if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
-            if all(item is None for item in output[1:]):
-                return cls(len(output), False)
-            if _makes_position_bias(block) and len(output) == 3:
+            if _makes_position_bias(block) and len(output) == 3 and output[1] is not None:
                 return cls(3, True)
+            if all(item is None or isinstance(item, torch.Tensor) for item in output[1:]):
+                return cls(len(output), False)
         raise UnsupportedModelError(
-            f"{name} ({type(block).__name__}) returns {_described(output)}, expected hidden states alone, or a tuple "
-            "of hidden states and None: what else it returns would have to be stored as well. Give a boundary of your "
-            "own: a module around it that returns one tensor"
+            f"{name} ({type(block).__name__}) returns {_described(output)}, expected hidden states, or a tuple that "
+            "they are the first of; give a boundary of your own: a module around it that returns one tensor"
         )
 
     def with_hidden(

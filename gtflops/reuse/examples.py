@@ -25,6 +25,8 @@ TARGETS = frozenset(
 )
 #: Inputs with one column a token.
 _OF_TOKENS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"})
+#: Other inputs of transformers' models whose first axis is that of the examples, where there is no text beside them.
+_WITH_ROWS_OF_EXAMPLES = frozenset({"pixel_values", "pixel_mask", "bool_masked_pos", "input_features", "input_values"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,9 @@ class Example:
     num_columns: int | None = None
 
 
-def examples_of(inputs: Mapping[str, Any], labels: torch.Tensor | None = None) -> list[Example]:
+def examples_of(
+    inputs: Mapping[str, Any], labels: torch.Tensor | None = None, *, batch_first: bool = False
+) -> list[Example]:
     """The examples of a batch, in order.
 
     ``inputs`` are the arguments of the forward pass without its targets. ``labels`` (``batch_size x seq_len``) are
@@ -48,7 +52,8 @@ def examples_of(inputs: Mapping[str, Any], labels: torch.Tensor | None = None) -
 
     With an ``attention_mask`` (``batch_size x seq_len``) beside inputs of tokens, padding behind the last token is not
     part of an example, so that it is the same beside longer ones. Padding in front is: positions may depend on it.
-    Where it is not clear which rows belong to which example, as with images beside text, an example is its whole batch.
+    Where it is not clear which rows belong to which example, as with images beside text, an example is its whole batch;
+    so it is for names that are not known, whose first axis may be time, unless ``batch_first`` says that it is not.
 
     >>> short, long = examples_of({"input_ids": torch.tensor([[5, 6, 0], [5, 6, 7]]),
     ...                            "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
@@ -59,7 +64,7 @@ def examples_of(inputs: Mapping[str, Any], labels: torch.Tensor | None = None) -
     tensors, settings = _parted(inputs)
     batch_size = _batch_size(tensors)
     common = hashlib.sha256(repr(sorted(settings.items())).encode())
-    if not _has_rows_of_examples(tensors, batch_size):
+    if not _has_rows_of_examples(tensors, batch_size, batch_first):
         for name, tensor in tensors.items():
             common.update(header_of(name, tensor))
             common.update(bytes_of(tensor))
@@ -104,16 +109,17 @@ def _batch_size(tensors: Mapping[str, torch.Tensor]) -> int:
     return len(tensors[main] if main else next(tensor for tensor in tensors.values() if tensor.dim()))
 
 
-def _has_rows_of_examples(tensors: Mapping[str, torch.Tensor], batch_size: int) -> bool:
+def _has_rows_of_examples(tensors: Mapping[str, torch.Tensor], batch_size: int, batch_first: bool) -> bool:
     """Whether row ``i`` of every tensor is of example ``i``.
 
     Images beside text may be several to an example and none to the next, and multimodal position ids have an axis in
     front of that of the examples: that the sizes are equal would be chance.
     """
     of_tokens = _OF_TOKENS & tensors.keys()
-    others = [name for name in tensors.keys() - of_tokens if not name.startswith("decoder_") and name not in TARGETS]
+    others = {name for name in tensors.keys() - of_tokens if not name.startswith("decoder_") and name not in TARGETS}
     return (
         all(tensor.dim() and len(tensor) == batch_size for tensor in tensors.values())
+        and (batch_first or others <= _WITH_ROWS_OF_EXAMPLES)
         and not (others and of_tokens - {"attention_mask"})
         and ("position_ids" not in tensors or tensors["position_ids"].dim() == 2)
     )

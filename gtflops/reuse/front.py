@@ -1,6 +1,6 @@
 """What runs in front of a boundary besides the skipped blocks: watched once, in a pass that computes everything."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,21 @@ _OF_THE_LENGTH = {"dynamic", "longrope"}
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """Names of the tensors that were read, and of the modules that were called, until the boundary was reached."""
+    """Names of the tensors that were read, and of the modules that were called, until the boundary was reached.
+
+    ``autocast`` is the dtype that operators of the skipped blocks were cast to, if they were.
+    """
 
     tensors: tuple[str, ...]
     modules: tuple[str, ...]
+    autocast: torch.dtype | None
 
     def without(self, modules: Container[str]) -> "Front":
         """What is not in these modules."""
         return Front(
             tuple(name for name in self.tensors if name.rpartition(".")[0] not in modules),
             tuple(name for name in self.modules if name not in modules),
+            self.autocast,
         )
 
 
@@ -33,7 +38,8 @@ class Watch(TorchFunctionMode):
 
     A tensor is of the front if a function of torch takes it, or if it is of a called module that has no others in it
     (whose function may be a custom one). UnsupportedModelError, naming the module, where something draws random numbers
-    although nothing is in training mode, or where what is computed depends on the length of the batch.
+    although nothing is in training mode, or where what is computed depends on the length of the batch; and, up to the
+    end of the ``with``, where a function takes what :meth:`leave_out` was told to be of no use.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
@@ -48,6 +54,7 @@ class Watch(TorchFunctionMode):
         #: States of the random generators when the modules that are running were called, the outermost first.
         self._generators: list[bytes] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._left_out: dict[int, tuple[str, torch.Tensor]] = {}
         self._watching = False
 
     def __enter__(self) -> "Watch":
@@ -61,22 +68,34 @@ class Watch(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._watching = False
+        self._left_out.clear()
         while self._hooks:
             self._hooks.pop().remove()
 
-    def reached(self, boundary: str) -> Front:
+    def leave_out(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Block ``name`` returns these besides its hidden states, and will not when it is skipped."""
+        self._left_out.update((id(tensor), (name, tensor)) for tensor in tensors)
+
+    def reached(self, boundary: str, autocast: torch.dtype | None) -> Front:
         """The boundary is reached: what was in front of it."""
         self._watching = False
         if self._drawn() != self._generators[0]:
             raise _random(f"the model draws random numbers in front of {boundary}, outside of its modules")
-        return Front(tuple(self._tensors), tuple(self._modules))
+        return Front(tuple(self._tensors), tuple(self._modules), autocast)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Asking for a dtype or a device is reading no value, and what runs outside of the model is none of it.
-        if self._watching and self._generators and getattr(func, "__name__", "") != "__get__":
+        watching = self._watching and self._generators
+        if (watching or self._left_out) and getattr(func, "__name__", "") != "__get__":
             for tensor in _tensors_in((args, kwargs)):
-                if id(tensor) in self._names:
+                if watching and id(tensor) in self._names:
                     self._tensors[self._names[id(tensor)]] = None
+                if id(tensor) in self._left_out:
+                    raise UnsupportedModelError(
+                        f"{self._left_out[id(tensor)][0]} returns a tensor besides its hidden states, which "
+                        f"{getattr(func, '__name__', func)} takes above it and which is not stored; give a boundary of "
+                        "your own: a module around it that returns one tensor"
+                    )
         return func(*args, **(kwargs or {}))
 
     def _before(self, name: str) -> Any:

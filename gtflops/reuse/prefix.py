@@ -49,8 +49,9 @@ class Prefix:
     tensor, a boundary of your own. Nothing in front of the boundary may be trained: InputError names what is.
 
     An example is found by its inputs; two are the same if those are, whatever their labels, unless decoder blocks of an
-    encoder-decoder are among the skipped ones, whose inputs labels are. Enter ``torch.autocast`` outside of the
-    ``with``. After changing the model other than in its weights, make another object.
+    encoder-decoder are among the skipped ones, whose inputs labels are. Row ``i`` of every tensor must be of example
+    ``i``; where the names of a batch are not those that transformers knows for such, say so by ``batch_first=True``,
+    or what is the same is only a whole batch. After changing the model other than in its weights, make another object.
 
     >>> import tempfile
     >>> _ = torch.manual_seed(0)
@@ -67,9 +68,12 @@ class Prefix:
     (False, True, True)
     """
 
-    def __init__(self, model: torch.nn.Module, blocks: Iterable[str], store: ActivationStore) -> None:
+    def __init__(
+        self, model: torch.nn.Module, blocks: Iterable[str], store: ActivationStore, *, batch_first: bool = False
+    ) -> None:
         self.model = model
         self.store = store
+        self.batch_first = batch_first
         self.stretches = stretches_of(model, blocks)
         self._skipped = {
             f"{name}.{path}".rstrip("."): module
@@ -81,8 +85,9 @@ class Prefix:
         self._all_modules = list(model.modules())
         self._batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
         self._outputs: dict[str, Output] = {}
-        # What runs in front depends on which inputs there are.
-        self._fronts: dict[frozenset[str], Front] = {}
+        self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        # What runs in front depends on which inputs there are, and casts by whether autocast is on already.
+        self._fronts: dict[tuple[frozenset[str], torch.dtype | None], Front] = {}
         self._digests: dict[Front, tuple[Any, str]] = {}
         self._own: set[str] = set()
         self._num_read = 0
@@ -97,12 +102,14 @@ class Prefix:
         )
 
     @contextmanager
-    def for_batch(self, batch: Mapping[str, Any]) -> Iterator[bool]:
-        """For one forward pass on ``batch``, its arguments by name; True where the skipped blocks will not run."""
+    def for_batch(self, batch: Any) -> Iterator[bool]:
+        """For one forward pass on ``batch``: its arguments by name, in order, or the only one; True where the skipped
+        blocks will not run."""
         require_not_compiled(self._callers)
         inputs, labels = self._inputs_of(batch)
-        examples = examples_of(inputs, labels)
-        kind = frozenset(name for name, value in inputs.items() if value is not None)
+        examples = examples_of(inputs, labels, batch_first=self.batch_first)
+        names = frozenset(name for name, value in inputs.items() if value is not None)
+        kind = (names, _autocast(self._device))
         front = self._fronts.get(kind)
         stored = None
         by_batch = self._by_batch()
@@ -110,7 +117,8 @@ class Prefix:
             self._require_constant(front, by_batch)
             stored = self._read(front, examples)
         if stored is not None:
-            with _Reusing(self, examples, stored) as reusing:
+            assert front is not None
+            with _Reusing(self, examples, front, stored) as reusing:
                 yield True
                 reusing.require_passed()
             self._num_read += len(examples)
@@ -129,12 +137,11 @@ class Prefix:
         """
         self.store.remove_all_but(self._own)
 
-    def _inputs_of(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    def _inputs_of(self, batch: Any) -> tuple[dict[str, Any], Any]:
         """What the prefix may depend on, and the labels of tokens, if they are those of the same tokens."""
         if not isinstance(batch, Mapping):
-            raise InputError(
-                f"the batch is of type {type(batch).__name__}, expected a mapping of the model's arguments"
-            )
+            arguments = batch if isinstance(batch, (tuple, list)) else [batch]
+            batch = {str(position): argument for position, argument in enumerate(arguments)}
         config = getattr(self.model, "config", None)
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if batch.get(name) or getattr(config, name, False):
@@ -186,7 +193,7 @@ class Prefix:
         tensors = self._tensors(front)
         conditions = [
             [stretch.names for stretch in self.stretches],
-            str(_autocast(_device_of(self.model))),
+            str(front.autocast),
             torch.get_float32_matmul_precision(),
         ]
         fingerprint = (tuple(tensors), fingerprint_of(tensors.values()), conditions)
@@ -223,10 +230,12 @@ class Prefix:
 class _Pass(ABC):
     """One forward pass, from entering the ``with`` on; in evaluation mode until every stretch of blocks has ended."""
 
-    def __init__(self, prefix: Prefix, examples: Sequence[Example]) -> None:
+    def __init__(self, prefix: Prefix, examples: Sequence[Example], front: Front | None) -> None:
         self._prefix = prefix
         self._examples = examples
-        self._device = _device_of(prefix.model)
+        #: What runs in front, where it is known.
+        self._front = front
+        self._autocast = front.autocast if front is not None else None
         self._ended: set[str] = set()
         #: By stretch, whether its input requires a gradient: ``enable_input_require_grads`` does that.
         self._wants_grad: dict[str, bool] = {}
@@ -242,7 +251,6 @@ class _Pass(ABC):
                 for name, block in zip(stretch.names, stretch.modules, strict=True):
                     exits.enter_context(replaced(block, partial(self._call, stretch, name, block, block.forward)))
             exits.enter_context(self._around())
-            self._autocast = _autocast(self._device)
             self._exits = exits.pop_all()
         return self
 
@@ -298,9 +306,13 @@ class _Pass(ABC):
                 f"{name} is called again after {stretch.boundary} has run, expected one forward pass for one "
                 "for_batch, which runs each skipped block once"
             )
-        if _autocast(self._device) != self._autocast:
+        autocast = _autocast(self._prefix._device)
+        if self._front is None and name == stretch.names[0]:
+            self._autocast = autocast
+        if autocast != self._autocast:
             raise InputError(
-                "torch.autocast was entered inside of for_batch, expected it around: stored activations depend on it"
+                f"torch.autocast, which was entered inside of for_batch, casts to {autocast}, but to {self._autocast} "
+                "before; expected it around for_batch, because what is stored depends on it"
             )
         if _collects_outputs():
             raise InputError(
@@ -331,10 +343,9 @@ class _Computing(_Pass):
     def __init__(
         self, prefix: Prefix, examples: Sequence[Example], front: Front | None, by_batch: Sequence[str]
     ) -> None:
-        super().__init__(prefix, examples)
+        super().__init__(prefix, examples, front)
         self.activations: list[dict[str, torch.Tensor]] = [{} for _ in examples]
-        self._watch = Watch(prefix.model, self._device) if front is None else None
-        self._front = front
+        self._watch = Watch(prefix.model, prefix._device) if front is None else None
         self._by_batch = by_batch
 
     @property
@@ -351,13 +362,13 @@ class _Computing(_Pass):
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
         with torch.no_grad():
             output = forward(*args, **kwargs)
-        self._prefix._outputs[name] = Output.of(name, block, output)
-        result = output if isinstance(output, torch.Tensor) else output[0]
+        kind = self._prefix._outputs[name] = Output.of(name, block, output)
+        result, others = (output, ()) if isinstance(output, torch.Tensor) else (output[0], output[1:])
+        if self._watch is not None and not kind.has_position_bias:
+            self._watch.leave_out(name, [item for item in others if item is not None])
         if name == stretch.boundary:
             self._keep(name, result)
-        if isinstance(output, torch.Tensor):
-            return result, lambda hidden: hidden
-        return result, lambda hidden: (hidden, *output[1:])
+        return result, lambda hidden: hidden if kind.num_items is None else (hidden, *others)
 
     def _keep(self, boundary: str, result: torch.Tensor) -> None:
         """Copies, because what runs above may change the tensor in place."""
@@ -368,7 +379,7 @@ class _Computing(_Pass):
 
     def _passed(self) -> None:
         if self._watch is not None:
-            found = self._watch.reached(self._prefix.stretches[-1].boundary)
+            found = self._watch.reached(self._prefix.stretches[-1].boundary, self._autocast)
             self._front = found.without(self._prefix._skipped)
             self._prefix._require_constant(self._front, self._by_batch)
         super()._passed()
@@ -378,9 +389,9 @@ class _Reusing(_Pass):
     """The blocks do not run: each hands on what it is given, and the last of a stretch returns what is stored."""
 
     def __init__(
-        self, prefix: Prefix, examples: Sequence[Example], stored: Sequence[Mapping[str, torch.Tensor]]
+        self, prefix: Prefix, examples: Sequence[Example], front: Front, stored: Sequence[Mapping[str, torch.Tensor]]
     ) -> None:
-        super().__init__(prefix, examples)
+        super().__init__(prefix, examples, front)
         self._stored = stored
 
     def _run(
@@ -407,10 +418,6 @@ def _tensor(model: torch.nn.Module, name: str) -> torch.Tensor:
     path, _, own = name.rpartition(".")
     tensor: torch.Tensor = getattr(model.get_submodule(path), own)
     return tensor
-
-
-def _device_of(model: torch.nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:
