@@ -1,0 +1,146 @@
+"""The examples of a batch: what makes each one the same when it comes again, in other company."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gtflops.errors import InputError
+from gtflops.reuse.digests import bytes_of, header_of
+
+#: Arguments of forward passes that only the loss reads.
+TARGETS = frozenset(
+    {
+        "labels",
+        "label",
+        "label_ids",
+        "next_sentence_label",
+        "sentence_order_label",
+        "start_positions",
+        "end_positions",
+        "num_items_in_batch",
+    }
+)
+#: Inputs with one column a token.
+_OF_TOKENS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"})
+#: Other inputs of transformers' models whose first axis is that of the examples, where there is no text beside them.
+_WITH_ROWS_OF_EXAMPLES = frozenset({"pixel_values", "pixel_mask", "bool_masked_pos", "input_features", "input_values"})
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """``identity`` is the digest of the example's own inputs.
+
+    ``tokens`` are the columns (int64) that hold its tokens and not padding, of the batch's ``num_columns``; both are
+    None where an activation is kept whole.
+    """
+
+    identity: str
+    tokens: torch.Tensor | None = None
+    num_columns: int | None = None
+
+
+def examples_of(
+    inputs: Mapping[str, Any], labels: torch.Tensor | None = None, *, batch_first: bool = False
+) -> list[Example]:
+    """The examples of a batch, in order.
+
+    ``inputs`` are the arguments of the forward pass without its targets. ``labels`` (``batch_size x seq_len``) are
+    those of a decoder: where padding has one, the loss sees what is computed there, and so nothing is left out.
+
+    With an ``attention_mask`` (``batch_size x seq_len``) beside inputs of tokens, padding behind the last token is not
+    part of an example, so that it is the same beside longer ones. Padding in front is: positions may depend on it.
+    Where it is not clear which rows belong to which example, as with images beside text, an example is its whole batch;
+    so it is for names that are not known, whose first axis may be time, unless ``batch_first`` says that it is not.
+
+    >>> short, long = examples_of({"input_ids": torch.tensor([[5, 6, 0], [5, 6, 7]]),
+    ...                            "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
+    >>> alone, = examples_of({"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])})
+    >>> alone.identity == short.identity, short.tokens, long.identity == short.identity
+    (True, tensor([0, 1]), False)
+    """
+    tensors, settings = _parted(inputs)
+    batch_size = _batch_size(tensors)
+    common = hashlib.sha256(repr(sorted(settings.items())).encode())
+    if not _has_rows_of_examples(tensors, batch_size, batch_first):
+        for name, tensor in tensors.items():
+            common.update(header_of(name, tensor))
+            common.update(bytes_of(tensor))
+        return [Example(_with(common, {"row": torch.tensor(row)})) for row in range(batch_size)]
+
+    mask = _mask_of_tokens(tensors, labels)
+    if mask is None:
+        return [
+            Example(_with(common, {name: tensor[row] for name, tensor in tensors.items()})) for row in range(batch_size)
+        ]
+    examples = []
+    for row in range(batch_size):
+        tokens = mask[row].nonzero().flatten()
+        end = int(tokens[-1]) + 1 if len(tokens) else 0
+        identity = _with(common, {name: tensor[row, :end] for name, tensor in tensors.items()})
+        examples.append(Example(identity, tokens, mask.shape[1]))
+    return examples
+
+
+def _parted(inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors on the CPU, by sorted names, and the rest."""
+    tensors, settings = {}, {}
+    for name, value in sorted(inputs.items()):
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                raise InputError(f"{name} of the batch requires a gradient, expected inputs that nothing is trained of")
+            tensors[name] = value.detach().to("cpu")
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            settings[name] = value
+        else:
+            raise InputError(
+                f"{name} of the batch is of type {type(value).__name__}, expected a tensor, a number, a text or None: "
+                "what an example is must be known to tell when it comes again"
+            )
+    if not any(tensor.dim() and len(tensor) for tensor in tensors.values()):
+        raise InputError(f"the batch holds no tensor with examples, but {sorted(inputs)}; expected input_ids or alike")
+    return tensors, settings
+
+
+def _batch_size(tensors: Mapping[str, torch.Tensor]) -> int:
+    main = next((name for name in ("input_ids", "inputs_embeds") if name in tensors), None)
+    return len(tensors[main] if main else next(tensor for tensor in tensors.values() if tensor.dim()))
+
+
+def _has_rows_of_examples(tensors: Mapping[str, torch.Tensor], batch_size: int, batch_first: bool) -> bool:
+    """Whether row ``i`` of every tensor is of example ``i``.
+
+    Images beside text may be several to an example and none to the next, and multimodal position ids have an axis in
+    front of that of the examples: that the sizes are equal would be chance.
+    """
+    of_tokens = _OF_TOKENS & tensors.keys()
+    others = {name for name in tensors.keys() - of_tokens if not name.startswith("decoder_") and name not in TARGETS}
+    return (
+        all(tensor.dim() and len(tensor) == batch_size for tensor in tensors.values())
+        and (batch_first or others <= _WITH_ROWS_OF_EXAMPLES)
+        and not (others and of_tokens - {"attention_mask"})
+        and ("position_ids" not in tensors or tensors["position_ids"].dim() == 2)
+    )
+
+
+def _mask_of_tokens(tensors: Mapping[str, torch.Tensor], labels: torch.Tensor | None) -> torch.Tensor | None:
+    """True at tokens, ``batch_size x seq_len``; None where rows are kept whole."""
+    mask = tensors.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not tensors.keys() <= _OF_TOKENS:
+        return None
+    if any(tensor.shape[:2] != mask.shape for tensor in tensors.values()):
+        return None
+    mask = mask != 0
+    if labels is not None and labels.shape == mask.shape and bool((labels.to("cpu")[~mask] != -100).any()):
+        return None
+    return mask
+
+
+def _with(common: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = common.copy()
+    for name, tensor in tensors.items():
+        digest.update(header_of(name, tensor))
+        digest.update(bytes_of(tensor))
+    return str(digest.hexdigest())
