@@ -96,6 +96,8 @@ format: install
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_STYLED)
 
+# The notebooks run; that their kernel cannot draw progress bars is nothing to show.
+docs: export PYTHONWARNINGS := ignore:IProgress not found
 docs: install
 	$(VENV)/bin/mkdocs build --strict
 
