@@ -9,7 +9,8 @@ CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtfl
 CPP_STYLED := $(CPP) benchmarks/table_pass.cpp
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
 
-.PHONY: install demo test test-browser test-cpp test-threads fuzz sanitize bench bench-results lint format docs clean
+.PHONY: install demo test test-browser test-cpp test-threads fuzz sanitize bench bench-results bench-counters lint
+.PHONY: format docs release-check clean
 
 install: $(VENV)/installed
 
@@ -83,6 +84,11 @@ bench: install
 bench-results: bench
 	$(PYTHON) benchmarks/write_results.py build/bench.json
 
+# Installs other counters in an environment of their own, and writes docs/counters.md: some ten minutes.
+bench-counters: export OMP_NUM_THREADS := 1
+bench-counters: install
+	$(PYTHON) benchmarks/counters.py
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -95,8 +101,21 @@ format: install
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_STYLED)
 
+# The notebooks run; that their kernel cannot draw progress bars is nothing to show.
+docs: export PYTHONWARNINGS := ignore:IProgress not found
 docs: install
 	$(VENV)/bin/mkdocs build --strict
+
+# Wheel and source distribution, each in an environment that has nothing else; -I keeps the checkout out of sight.
+release-check: install
+	rm -rf build/release
+	$(PYTHON) -m build --outdir build/release
+	for kind in whl tar.gz; do \
+		python3 -m venv build/release/$$kind && \
+		build/release/$$kind/bin/python -m pip install --quiet --constraint constraints.txt torch && \
+		build/release/$$kind/bin/python -m pip install --quiet --constraint constraints.txt build/release/*.$$kind && \
+		build/release/$$kind/bin/python -I tests/installed.py || exit; \
+	done
 
 clean:
 	rm -rf build dist site demo $(VENV) gtflops/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
