@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from gtflops.importance import ImportanceCheck, check_importance, expected_drop, measure_importance
     from gtflops.operators import register_flops
-    from gtflops.profiling import Profile, StepFlops, TensorCost, profile
+    from gtflops.profiling import Profile, ReusedStep, StepFlops, TensorCost, profile
     from gtflops.selection import Selection, select
     from gtflops.solver import KnapsackResult, knapsack
     from gtflops.timing import measure_time
@@ -37,6 +37,7 @@ _HOME = {
     "KnapsackResult": "solver",
     "ProcessesError": "errors",
     "Profile": "profiling",
+    "ReusedStep": "profiling",
     "SavedFileError": "errors",
     "Selection": "selection",
     "StepFlops": "profiling",
@@ -66,6 +67,7 @@ __all__ = [
     "KnapsackResult",
     "ProcessesError",
     "Profile",
+    "ReusedStep",
     "SavedFileError",
     "Selection",
     "StepFlops",
