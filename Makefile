@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 # Tests and benchmarks: two busy threads on two shared cores can be slower than one.
-test test-browser sanitize bench: export OMP_NUM_THREADS ?= 1
+test test-browser sanitize bench docs: export OMP_NUM_THREADS ?= 1
 
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 CPP_STYLED := $(CPP) benchmarks/table_pass.cpp

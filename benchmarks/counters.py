@@ -287,7 +287,6 @@ def measure(name: str) -> list[Cell]:
             model = for_step(whole, subject, step)
             if model is None:
                 continue
-            print(name, label, step, file=sys.stderr, flush=True)
             cell: Cell = {"model": label, "step": step}
             before = time.process_time()
             try:
@@ -307,7 +306,9 @@ def install() -> dict[str, str]:
     if not ENVIRONMENT.is_dir():
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
         packages = next(ENVIRONMENT.glob("lib/python*/site-packages"))
-        (packages / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+        outer = [path for path in sys.path if path.endswith("site-packages")]
+        # addsitedir, because an editable gtflops is found by a .pth file of its own.
+        (packages / "outer.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in outer))
     problems = {}
     for name, requirement in INSTALLED.items():
         command = [_python(name), "-m", "pip", "install", "--quiet", "--no-build-isolation"]
@@ -327,9 +328,11 @@ def run_tool(name: str) -> tuple[list[Cell], str]:
     output = ENVIRONMENT / f"{name.replace(' ', '-')}.json"
     output.unlink(missing_ok=True)
     command = [_python(name), __file__, name, str(output)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=TIMEOUT, check=False)
+    done = subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, check=False
+    )
     if done.returncode != 0:
-        return [], f"ends with code {done.returncode}"
+        return [], f"ends with code {done.returncode}: `{done.stderr.strip().splitlines()[-1]}`"
     return json.loads(output.read_text()), ""
 
 
@@ -434,6 +437,7 @@ def main() -> None:
     cells: dict[str, list[Cell]] = {}
     for name in TOOLS:
         if name not in problems:
+            print(name, flush=True)
             cells[name], problem = run_tool(name)
             if problem:
                 problems[name] = problem
