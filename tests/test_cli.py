@@ -421,6 +421,32 @@ def test_compare(tiny: Path, pairs: Path) -> None:
     assert "not counted" in full
 
 
+def test_compare_by_budgets_that_move(tiny: Path, pairs: Path) -> None:
+    """What 'train' makes of the same options."""
+    options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4", "--json"]
+    by_epoch = ["--epochs", "2", "--budget", "0.6,0.8", "--every", "epoch"]
+    runs = json.loads(run("compare", tiny, *options, *by_epoch, "--schemes", "greentrainer").stdout)
+    alone = json.loads(run("train", tiny, *options, *by_epoch).stdout)
+    assert runs["runs"]["greentrainer"]["losses"] == alone["losses"]
+    assert runs["runs"]["greentrainer"]["selections"] == alone["selections"]
+
+    total = ["--steps", "20", "--every", "10", "--total", "0.2 GFLOP", "--energy", "100"]
+    both = json.loads(run("compare", tiny, *options, *total, "--schemes", "greentrainer@0.8,greentrainer").stdout)
+    spent = both["runs"]["greentrainer"]
+    assert 0.9 * 2e8 < spent["planned_flops"] + spent["measuring_flops"] <= 2e8
+    assert both["runs"]["greentrainer@0.8"]["flops_share"] > spent["flops_share"]
+    assert all(one["energy"]["co2_kg"] > 0 for one in both["runs"].values())
+
+
+def test_compare_where_a_total_is_spent(tiny: Path, pairs: Path) -> None:
+    options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4"]
+    total = ["--steps", "200", "--total", "0.2 s", "--schemes", "greentrainer", "--no-count"]
+    result = run("compare", tiny, *options, *total)
+    assert "greentrainer ended after " in result.stderr
+    assert " of 200 steps: Total(hours=" in result.stderr
+    assert "Steps" in result.stdout
+
+
 def test_train_in_two_processes(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     arguments = ["--data", pairs, "--budget", "0.7", "--steps", "4", "--every", "2", "--seq-len", "16", "--json"]
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "gtflops", "train", tiny]
@@ -540,6 +566,11 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["train", "TINY", "--resume"], "--resume needs the folder of --checkpoints"),
         (["train", "TINY", "--columns", "question"], "--columns is 'question', expected name=value"),
         (["compare", "TINY", "--schemes", "full,bitfit"], "has no biases for bitfit"),
+        (["compare", "TINY", "--schemes", "full", "--total", "2 h"], "and --schemes is full; expected greentrainer"),
+        (["compare", "TINY", "--budget", "0.5,0.6", "--total", "2 h"], "--budget and --total are given; expected one"),
+        (["compare", "TINY", "--total", "2 kWh"], "add --energy, as in --energy FRA"),
+        (["compare", "TINY", "--every", "day"], "--every is 'day', expected a positive number of optimizer steps, or"),
+        (["compare", "TINY", "--epochs", "3", "--budget", "0.5,0.6"], "list has 2 entries and 3 epochs are to be"),
         (["compare", "TINY", "--learning-rate-of", "lora=high"], "the learning rate of lora is 'high'"),
     ],
 )

@@ -14,7 +14,7 @@ from gtflops.errors import BudgetSpentError, InputError
 from gtflops.problem import Granularity
 from gtflops.profiling import Profile
 from gtflops.profiling import profile as profile_of
-from gtflops.recipes.batches import Batch, EpochBatches, in_order
+from gtflops.recipes.batches import Batch, EpochBatches, batches_in_epoch, in_order
 from gtflops.recipes.datasets import DataSet
 from gtflops.recipes.evaluation import mean_loss, on_device, quality
 from gtflops.recipes.memory import Memory, PeakMemory
@@ -73,6 +73,14 @@ class FineTuneSettings:
                 f"num_quality is {self.num_quality} and num_validation {self.num_validation}, expected numbers of "
                 "examples; num_quality=0 leaves the quality out"
             )
+
+    def num_epochs(self, num_examples: int, num_processes: int = 1) -> int:
+        """How many epochs the steps reach into."""
+        steps = batches_in_epoch(num_examples, self.batch_size, num_processes) // self.accumulate
+        if steps < 1:
+            needed = self.batch_size * num_processes * self.accumulate
+            raise InputError(f"{num_examples} examples do not fill a step of {needed}; expected at least as many")
+        return math.ceil(self.steps / steps)
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,7 @@ def finetune(
         raise InputError(f"{data.name} has no validation examples; expected at least one to measure the loss on")
     if checkpoints is not None and not resume and (there := sorted(checkpoints.glob("step-*"))):
         raise InputError(f"{checkpoints} has {there[-1].name} of another run; expected an empty folder, or to resume")
+    epochs = settings.num_epochs(len(data.train), processes.count())
     loader = EpochBatches(
         data.train,
         tokenizer,
@@ -182,10 +191,6 @@ def finetune(
         parts=processes.count(),
         **sizes,
     )
-    if len(loader) < settings.accumulate:
-        raise InputError(
-            f"accumulate is {settings.accumulate}, and an epoch has {len(loader)} batches; expected no more than that"
-        )
     held_out = [
         on_device(batch, device) for batch in in_order(data.validation[: settings.num_validation], tokenizer, **sizes)
     ]
@@ -229,7 +234,7 @@ def finetune(
         with PeakMemory(trained) as peak:
             trainer.fit(
                 loader,
-                epochs=math.ceil(settings.steps / (len(loader) // settings.accumulate)),
+                epochs=epochs,
                 num_steps=settings.steps,
                 accumulate=settings.accumulate,
                 on_step=count_then_report,
