@@ -516,7 +516,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on from the last checkpoint; all other options as they were.",
+        help="Go on from the last checkpoint; what a step depends on has to be as it was.",
         rich_help_panel="What the run leaves",
     ),
 ]

@@ -377,6 +377,8 @@ def test_train_interrupted_and_resumed(tiny: Path, pairs: Path, tmp_path: Path) 
     to_go_on = stderr.splitlines()[-1]
     assert shlex.split(to_go_on) == ["gtflops", *map(str, arguments), "--resume"]
     assert "of another run" in run(*arguments, expect=2).stderr
+    other = run(*shlex.split(to_go_on)[1:], "--learning-rate", "1e-3", expect=2).stderr
+    assert "--learning-rate was 5e-05 and is 0.001; expected" in other
     resumed = json.loads(run(*shlex.split(to_go_on)[1:]).stdout)
     whole = json.loads(run("train", tiny, *options).stdout)
     assert resumed["losses"] == whole["losses"]
