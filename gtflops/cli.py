@@ -586,6 +586,8 @@ def train_command(
     Example: gtflops train smollm2 --epochs 3 --budget 0.4,0.5,0.7 --every epoch
 
     Example: gtflops train smollm2 --epochs 3 --total '1.5 kWh' --energy FRA --checkpoints run --log run.jsonl
+
+    Example: torchrun --nproc-per-node 2 -m -- gtflops train smollm2 --checkpoints run --log run.jsonl
     """
     from gtflops.files import write_whole
     from gtflops.recipes.finetune import FineTuneSettings, InterruptedRunError, finetune
@@ -871,8 +873,15 @@ def _say_interrupted(stopped: "InterruptedRunError") -> None:
         how = "; nothing is kept of it: --checkpoints FOLDER would keep it"
     else:
         resume = [] if "--resume" in sys.argv else ["--resume"]
-        how = f", which {stopped.checkpoints} keeps; to go on:\n{shlex.join(['gtflops', *sys.argv[1:], *resume])}"
+        how = f", which {stopped.checkpoints} keeps; to go on:\n"
+        how += shlex.join([*_launcher(), "gtflops", *sys.argv[1:], *resume])
     err.print(f"{stopped}{how}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _launcher() -> list[str]:
+    """What started this process on each host; its ``--`` keeps torchrun from reading our --log as its own."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    return [] if processes is None else ["torchrun", "--nproc-per-node", processes, "-m", "--"]
 
 
 def _pairs(option: str, texts: list[str]) -> dict[str, str]:
