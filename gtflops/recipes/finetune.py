@@ -289,7 +289,7 @@ def _options(model: Any, data: DataSet, settings: FineTuneSettings) -> dict[str,
     fixed = [field.name for field in fields(settings) if field.name not in _FREE]
     examples = (text for one in data.train for text in (one.source, one.cue, one.target))
     return {
-        "torchrun --nproc-per-node": processes.count(),
+        "number of processes": processes.count(),
         "--model": f"{type(model).__name__} with weights {digest_of_weights(model)}",
         "--attention": model.config._attn_implementation,
         "--data": f"{len(data.train)} training examples {digest_of_texts(examples)}",
