@@ -488,6 +488,8 @@ Shares = Annotated[
     str,
     typer.Option(help="Share of a full step from each intensity of --grid on.", rich_help_panel="Budget"),
 ]
+#: What --shares is unless given.
+SHARES = "0=1.0,200=0.6,400=0.4"
 EveryOption = Annotated[
     str, typer.Option(help="Optimizer steps between two selections, or 'epoch'.", rich_help_panel="Budget")
 ]
@@ -514,7 +516,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on from the last checkpoint; all other options as they were.",
+        help="Go on from the last checkpoint; what a step depends on has to be as it was.",
         rich_help_panel="What the run leaves",
     ),
 ]
@@ -545,7 +547,7 @@ def train_command(
     budget: MovingBudget = None,
     total: TotalOption = None,
     grid: Grid = None,
-    shares: Shares = "0=1.0,200=0.6,400=0.4",
+    shares: Shares = SHARES,
     steps: MaybeSteps = None,
     epochs: Epochs = None,
     every: EveryOption = "25",
@@ -584,6 +586,8 @@ def train_command(
     Example: gtflops train smollm2 --epochs 3 --budget 0.4,0.5,0.7 --every epoch
 
     Example: gtflops train smollm2 --epochs 3 --total '1.5 kWh' --energy FRA --checkpoints run --log run.jsonl
+
+    Example: torchrun --nproc-per-node 2 -m -- gtflops train smollm2 --checkpoints run --log run.jsonl
     """
     from gtflops.files import write_whole
     from gtflops.recipes.finetune import FineTuneSettings, InterruptedRunError, finetune
@@ -607,13 +611,11 @@ def train_command(
         "--must-freeze": must_freeze,
         "--granularity": granularity if granularity is not GranularityOption.TENSOR else None,
     }
-    given = [name for name, value in conditions.items() if value]
+    given = _given(conditions)
     if given and not scheme_of(scheme).budgeted:
         raise InputError(f"{given[0]} is for the scheme greentrainer, which selects; {scheme} does not")
-    moving = _budget(budget, total, grid, shares)
+    moving = _budget(budget, total, grid, shares, energy)
     meter = None if energy is None else _meter(energy)
-    if meter is None and getattr(moving, "kwh", None) is not None:
-        raise InputError(f"--total {total!r} needs the energy to be measured; add --energy, as in --energy FRA")
     watchers = _watchers(log, tensorboard)
     examples = _data(data, data_path, columns, validation)
     with processes.started() as own_device, _progress() as advance:
@@ -673,9 +675,7 @@ def train_command(
     if html is not None:
         _write_html(html, result.profile, result.selection, result.log)
     _say_written(save, save_importance, html, log)
-    if result.log.stopped is not None:
-        say = f"ended after {len(result.log.steps)} of {settings.steps} steps: {result.log.stopped}"
-        err.print(say, highlight=False, markup=False, soft_wrap=True)
+    _say_stopped(result, settings.steps)
 
 
 @app.command("compare")
@@ -691,10 +691,13 @@ def compare_command(
     data_path: DataPath = None,
     columns: Columns = None,
     validation: ValidationFile = None,
-    budget: Budget = 0.5,
+    budget: MovingBudget = None,
+    total: TotalOption = None,
+    grid: Grid = None,
+    shares: Shares = SHARES,
     steps: MaybeSteps = None,
     epochs: Epochs = None,
-    every: Every = 25,
+    every: EveryOption = "25",
     batch_size: Sequences = 4,
     seq_len: Tokens = None,
     target_len: TargetLen = None,
@@ -709,23 +712,36 @@ def compare_command(
     attention: ModelAttention = Attention.EAGER,
     device: Device = None,
     allow_unsupported: AllowUnsupported = False,
+    energy: EnergyOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Several schemes from the same weights and seeds, in one table.
 
+    --budget, or what takes its place, is that of greentrainer without an @.
+
     Example: gtflops compare smollm2 --schemes full,lora,greentrainer --data aclsum --learning-rate-of lora=5e-4
+
+    Example: gtflops compare smollm2 --schemes full,greentrainer --epochs 3 --budget 0.4,0.5,0.7 --every epoch
     """
     from gtflops.recipes.compare import compare
     from gtflops.recipes.finetune import FineTuneSettings
 
+    names = [name.strip() for name in schemes.split(",") if name.strip()]
+    given = _given({"--budget": budget, "--total": total, "--grid": grid})
+    if given and "greentrainer" not in names:
+        raise InputError(
+            f"{given[0]} is for the scheme greentrainer without a budget of its own, and --schemes is {schemes}; "
+            f"expected greentrainer among them, or no {given[0]}"
+        )
+    moving = _budget(budget, total, grid, shares, energy)
     examples = _data(data, data_path, columns, validation)
     settings = FineTuneSettings(
         steps=_num_steps(steps, epochs, len(examples.train), batch_size),
         batch_size=batch_size,
         seq_len=seq_len or examples.seq_len,
         target_len=target_len or examples.target_len,
-        budget=budget,
-        every=every,
+        budget=moving,
+        every=_every(every),
         learning_rate=learning_rate,
         seed=seed,
         num_validation=loss_examples,
@@ -734,7 +750,6 @@ def compare_command(
         allow_unsupported=allow_unsupported,
     )
     rates = _pairs("learning-rate-of", learning_rate_of or [])
-    names = [name.strip() for name in schemes.split(",") if name.strip()]
     with _progress() as advance:
         pretrained = _pretrained(model, attention, device, advance)
         compared = compare(
@@ -743,12 +758,15 @@ def compare_command(
             names,
             settings,
             learning_rates={name: _number(f"the learning rate of {name}", rate) for name, rate in rates.items()},
+            energy=None if energy is None else lambda: _meter(energy),
             on_progress=advance,
         )
     if as_json:
         _print_json(_comparison_json(compared))
     else:
         _print_wide(_comparison_table(compared))
+    for name, made in compared.runs.items():
+        _say_stopped(made, settings.steps, f"{name} ")
     for name, message in compared.failed.items():
         err.print(f"{name} failed: {message}", markup=False, highlight=False, soft_wrap=True)
     if compared.failed:
@@ -792,20 +810,26 @@ def _num_steps(
     return epochs * max(1, batches_in_epoch(num_examples, batch_size, parts) // accumulate)
 
 
-def _budget(budget: str | None, total: str | None, grid: Path | None, shares: str) -> "BudgetLike":
-    """What the options say, of which one may be given."""
+def _given(options: dict[str, Any]) -> list[str]:
+    return [name for name, value in options.items() if value is not None and value != []]
+
+
+def _budget(budget: str | None, total: str | None, grid: Path | None, shares: str, energy: str | None) -> "BudgetLike":
+    """What the options say, of which one may be given; kilowatt-hours, where ``energy`` is measured."""
     from gtflops.training import CarbonAware, total_of
 
-    options = {"--budget": budget, "--total": total, "--grid": grid}
-    given = [name for name, value in options.items() if value is not None]
+    given = _given({"--budget": budget, "--total": total, "--grid": grid})
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} are given; expected one of them")
     if total is not None:
-        return total_of(total)
+        whole = total_of(total)
+        if whole.kwh is not None and energy is None:
+            raise InputError(f"--total {total!r} needs the energy to be measured; add --energy, as in --energy FRA")
+        return whole
     if grid is not None:
         pairs = _pairs("shares", shares.split(","))
         return CarbonAware(grid, {_number("--shares", at): _number("--shares", share) for at, share in pairs.items()})
-    numbers = [_number("--budget", text) for text in (budget or "0.5").split(",")]
+    numbers = [_number("--budget", text) for text in ("0.5" if budget is None else budget).split(",")]
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -836,14 +860,28 @@ def _watchers(log: Path | None, tensorboard: Path | None) -> "list[Watcher]":
     return watchers if tensorboard is None else [*watchers, TensorBoard(tensorboard)]
 
 
+def _say_stopped(run: "FineTuneResult", steps: int, who: str = "") -> None:
+    """Why a run ended early, if it did."""
+    if run.log.stopped is not None:
+        say = f"{who}ended after {len(run.log.steps)} of {steps} steps: {run.log.stopped}"
+        err.print(say, highlight=False, markup=False, soft_wrap=True)
+
+
 def _say_interrupted(stopped: "InterruptedRunError") -> None:
     """At which step, and how to go on."""
     if stopped.checkpoints is None:
         how = "; nothing is kept of it: --checkpoints FOLDER would keep it"
     else:
         resume = [] if "--resume" in sys.argv else ["--resume"]
-        how = f", which {stopped.checkpoints} keeps; to go on:\n{shlex.join(['gtflops', *sys.argv[1:], *resume])}"
+        how = f", which {stopped.checkpoints} keeps; to go on:\n"
+        how += shlex.join([*_launcher(), "gtflops", *sys.argv[1:], *resume])
     err.print(f"{stopped}{how}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _launcher() -> list[str]:
+    """What started this process on each host; its ``--`` keeps torchrun from reading our --log as its own."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    return [] if processes is None else ["torchrun", "--nproc-per-node", processes, "-m", "--"]
 
 
 def _pairs(option: str, texts: list[str]) -> dict[str, str]:
@@ -989,6 +1027,8 @@ def _comparison_table(compared: "Comparison") -> Table:
     settings = next(iter(compared.settings.values()))
     before = next((f", validation loss before {run.loss_before:.4f}" for run in runs.values()), "")
     memory = next((f" Memory: {run.memory.measured}." for run in runs.values() if run.memory is not None), "")
+    energy = any(run.log.energy for run in runs.values())
+    ended_early = any(run.log.stopped for run in runs.values())
     table = Table(
         title=f"{compared.data}, {settings.steps} steps of {settings.batch_size} x {settings.seq_len} tokens{before}",
         title_justify="left",
@@ -997,7 +1037,8 @@ def _comparison_table(compared: "Comparison") -> Table:
         caption_justify="left",
     )
     metrics = list(dict.fromkeys(metric for run in runs.values() for metric in run.quality))
-    headings = ["Planned", "Share", "Executed", "Measuring", "Time", "Selecting", "Memory", "Tensors", "Rate", "Loss"]
+    headings = ["Planned", "Share", "Executed", "Measuring", "Time", "Selecting", "Memory", "Tensors", "Rate"]
+    headings += [*(["Steps"] if ended_early else []), *(["Energy, CO2"] if energy else []), "Loss"]
     table.add_column("Scheme")
     for heading in (*headings, *(_METRICS[metric] for metric in metrics)):
         table.add_column(heading, justify="right")
@@ -1018,6 +1059,8 @@ def _comparison_table(compared: "Comparison") -> Table:
             "" if run.memory is None else f"{run.memory.peak_bytes / 1e6:,.0f} MB",
             f"{len(run.trained)} of {len(run.profile.tensors)}",
             f"{compared.settings[label].learning_rate:g}",
+            *([f"{len(run.log.steps)}"] if ended_early else []),
+            *([_energy_text(run.log.energy)] if energy else []),
             f"{run.loss_after:.4f}",
             *(f"{run.quality[metric]:.1f}" for metric in metrics),
         )

@@ -371,6 +371,39 @@ def test_a_custom_function_that_is_neither_whole_nor_as_asked_is_noted() -> None
     assert gtflops.profile(torch.nn.Linear(4, 4), torch.ones(2, 4), squared).notes == ()
 
 
+def test_a_custom_function_that_sums_its_gradients_up_in_place() -> None:
+    """As fused losses do, tile by tile; what is asked for is the buffer, whose last write is what it costs."""
+
+    class Tiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x, weight)
+            return x @ weight
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+            x, weight = ctx.saved_tensors
+            dx, dw = (torch.zeros_like(one) if ctx.needs_input_grad[i] else None for i, one in enumerate((x, weight)))
+            for tile in (slice(0, 2), slice(2, 4)):
+                scaled = gradient[:, tile] * 2.0
+                if dx is not None:
+                    dx.addmm_(scaled, weight[:, tile].T)
+                if dw is not None:
+                    dw[:, tile].addmm_(x.T, scaled)
+            return dx, dw
+
+    class Custom(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Tiled.apply(x.sin() * self.bias, self.weight)
+
+    model = Custom(4, 4)
+    profile = gtflops.profile(model, torch.ones(2, 4), squared)
+    assert profile.notes == ()
+    for names in (["bias"], ["weight"], ["bias", "weight"]):
+        train_only(model, names)
+        assert predicted_operators(profile, names) == executed_operators(model, torch.ones(2, 4), squared)
+
+
 def test_a_folded_product_is_noted() -> None:
     """Torch multiplies by a frozen matrix as a batch of products where it is one product if trained."""
     model = torch.nn.Linear(4, 4, bias=False)

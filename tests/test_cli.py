@@ -37,6 +37,33 @@ def run(*arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[
     return result
 
 
+def start(*command: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
+
+
+def torchrun(*arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    process = start(*TORCHRUN, *arguments)
+    stdout, stderr = process.communicate()
+    assert process.returncode == expect, stderr
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def interrupt_after(process: subprocess.Popen[str], log: Path, *, steps: int) -> None:
+    """Ctrl-C, once the log of the run has so many."""
+    while process.poll() is None and not (log.exists() and log.read_text().count('"step", "step"') >= steps):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "gpt2.json"
@@ -359,16 +386,8 @@ def test_train_interrupted_and_resumed(tiny: Path, pairs: Path, tmp_path: Path) 
     options += ["--steps", "150", "--every", "50", "--budget", "0.7"]
     folder, log = tmp_path / "check points", tmp_path / "run.jsonl"
     arguments = ["train", tiny, *options, "--checkpoints", folder, "--checkpoint-every", "40", "--log", log]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gtflops", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
-    )
-    while process.poll() is None and not (log.exists() and log.read_text().count('"step", "step"') >= 3):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process = start("-m", "gtflops", *arguments)
+    interrupt_after(process, log, steps=3)
     stdout, stderr = process.communicate()
     assert process.returncode == 130, stderr
     assert stdout == ""
@@ -377,6 +396,8 @@ def test_train_interrupted_and_resumed(tiny: Path, pairs: Path, tmp_path: Path) 
     to_go_on = stderr.splitlines()[-1]
     assert shlex.split(to_go_on) == ["gtflops", *map(str, arguments), "--resume"]
     assert "of another run" in run(*arguments, expect=2).stderr
+    other = run(*shlex.split(to_go_on)[1:], "--learning-rate", "1e-3", expect=2).stderr
+    assert "--learning-rate was 5e-05 and is 0.001; expected" in other
     resumed = json.loads(run(*shlex.split(to_go_on)[1:]).stdout)
     whole = json.loads(run("train", tiny, *options).stdout)
     assert resumed["losses"] == whole["losses"]
@@ -421,17 +442,35 @@ def test_compare(tiny: Path, pairs: Path) -> None:
     assert "not counted" in full
 
 
+def test_compare_by_budgets_that_move(tiny: Path, pairs: Path) -> None:
+    """What 'train' makes of the same options."""
+    options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4", "--json"]
+    by_epoch = ["--epochs", "2", "--budget", "0.6,0.8", "--every", "epoch"]
+    runs = json.loads(run("compare", tiny, *options, *by_epoch, "--schemes", "greentrainer").stdout)
+    alone = json.loads(run("train", tiny, *options, *by_epoch).stdout)
+    assert runs["runs"]["greentrainer"]["losses"] == alone["losses"]
+    assert runs["runs"]["greentrainer"]["selections"] == alone["selections"]
+
+    total = ["--steps", "20", "--every", "10", "--total", "0.2 GFLOP", "--energy", "100"]
+    both = json.loads(run("compare", tiny, *options, *total, "--schemes", "greentrainer@0.8,greentrainer").stdout)
+    spent = both["runs"]["greentrainer"]
+    assert 0.9 * 2e8 < spent["planned_flops"] + spent["measuring_flops"] <= 2e8
+    assert both["runs"]["greentrainer@0.8"]["flops_share"] > spent["flops_share"]
+    assert all(one["energy"]["co2_kg"] > 0 for one in both["runs"].values())
+
+
+def test_compare_where_a_total_is_spent(tiny: Path, pairs: Path) -> None:
+    options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4"]
+    total = ["--steps", "200", "--total", "0.2 s", "--schemes", "greentrainer", "--no-count"]
+    result = run("compare", tiny, *options, *total)
+    assert "greentrainer ended after " in result.stderr
+    assert " of 200 steps: Total(hours=" in result.stderr
+    assert "Steps" in result.stdout
+
+
 def test_train_in_two_processes(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     arguments = ["--data", pairs, "--budget", "0.7", "--steps", "4", "--every", "2", "--seq-len", "16", "--json"]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "gtflops", "train", tiny]
-    result = subprocess.run(
-        [sys.executable, *map(str, [*command, *arguments, "--save", tmp_path / "out"])],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = torchrun("gtflops", "train", tiny, *arguments, "--save", tmp_path / "out")
     data = json.loads(result.stdout)  # of the first process alone
     assert len(data["losses"]) == 4
     assert 0 < data["planned_flops"] <= 0.7 * 4 * 2 * data["full_step_flops"]
@@ -439,6 +478,32 @@ def test_train_in_two_processes(tiny: Path, pairs: Path, tmp_path: Path) -> None
     assert data["validation_loss_after"] < data["validation_loss_before"]
     assert result.stderr.count("wrote ") == 1
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_train_in_two_processes_interrupted_and_resumed(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    arguments = ["train", tiny, "--data", pairs, "--budget", "0.7", "--steps", "60", "--every", "30", "--seq-len", "16"]
+    arguments += ["--quality-examples", "0", "--loss-examples", "4", "--json"]
+    whole = json.loads(torchrun("gtflops", *arguments).stdout)
+
+    folder, log = tmp_path / "checkpoints", tmp_path / "run.jsonl"
+    arguments += ["--checkpoints", folder, "--log", log]
+    process = start(*TORCHRUN, "gtflops", *arguments)
+    interrupt_after(process, log, steps=3)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 1  # torchrun's own
+    assert stdout == ""
+    (said,) = [line for line in stderr.splitlines() if line.startswith("interrupted after ")]
+    assert said.endswith(f" of 60 steps, which {folder} keeps; to go on:")
+    (to_go_on,) = [shlex.split(line) for line in stderr.splitlines() if line.endswith("--resume")]
+    assert to_go_on == ["torchrun", "--nproc-per-node", "2", "-m", "--", "gtflops", *map(str, arguments), "--resume"]
+
+    again = [*arguments, "--resume"]
+    assert "number of processes was 2 and is 1; expected" in run(*again, expect=2).stderr
+    assert torchrun("gtflops", *again, "--seed", "1", expect=1).stderr.count("--seed was 0 and is 1; expected") == 1
+    resumed = json.loads(torchrun("gtflops", *again).stdout)
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["validation_loss_after"] == whole["validation_loss_after"]
+    assert [line["step"] for line in gtflops.training.read_log(log) if line["record"] == "step"] == list(range(60))
 
 
 def test_ops_lists_the_table() -> None:
@@ -540,6 +605,11 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["train", "TINY", "--resume"], "--resume needs the folder of --checkpoints"),
         (["train", "TINY", "--columns", "question"], "--columns is 'question', expected name=value"),
         (["compare", "TINY", "--schemes", "full,bitfit"], "has no biases for bitfit"),
+        (["compare", "TINY", "--schemes", "full", "--total", "2 h"], "and --schemes is full; expected greentrainer"),
+        (["compare", "TINY", "--budget", "0.5,0.6", "--total", "2 h"], "--budget and --total are given; expected one"),
+        (["compare", "TINY", "--total", "2 kWh"], "add --energy, as in --energy FRA"),
+        (["compare", "TINY", "--every", "day"], "--every is 'day', expected a positive number of optimizer steps, or"),
+        (["compare", "TINY", "--epochs", "3", "--budget", "0.5,0.6"], "list has 2 entries and 3 epochs are to be"),
         (["compare", "TINY", "--learning-rate-of", "lora=high"], "the learning rate of lora is 'high'"),
     ],
 )

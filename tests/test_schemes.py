@@ -168,6 +168,17 @@ def test_models_that_a_scheme_does_not_fit() -> None:
         FineTuneSettings(steps=1, scheme="adapter")
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+def test_top2_is_two_blocks_without_norm_and_head(family: str) -> None:
+    model = scheme("top2").prepare(build(family))
+    frozen = {name for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    assert frozen == {
+        name
+        for name, block in blocks_of([name for name, _ in model.named_parameters()]).items()
+        if block == "" or block.endswith(".0")
+    }
+
+
 def test_top2_counts_the_decoder_last() -> None:
     model = scheme("top2").prepare(small("t5"))
     trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}

@@ -737,16 +737,13 @@ def test_sft_trainer(checkpointing: bool, tmp_path: Path) -> None:
     assert len(set(trainer.executed)) > 1
 
 
-def test_sft_with_a_frozen_head_costs_no_more_than_planned(tmp_path: Path) -> None:
-    """TRL's fused head leaves work out where its weight is frozen, which the profile's notes say is not taken apart."""
+def test_sft_with_a_frozen_head(tmp_path: Path) -> None:
+    """TRL's fused head, whose backward takes gradients of head and input together, leaves the head's out."""
     callback = GreenTrainerCallback(budget=0.7, must_freeze="*wte*")
     trainer = sft(tmp_path, callback, gradient_checkpointing=False)
     trainer.train()
-    steps = zip(trainer.executed, planned(callback), strict=True)
-    assert all(0.95 * plan < executed <= plan for executed, plan in steps)
-    assert callback._run.green.profile.notes[0].startswith(  # type: ignore[union-attr]
-        "the backward of the custom autograd.Function ChunkedLogProbFunction computes neither"
-    )
+    assert trainer.executed == planned(callback)
+    assert not any("ChunkedLogProbFunction" in note for note in callback._run.green.profile.notes)  # type: ignore[union-attr]
 
 
 def test_metrics_of_the_trainer_are_those_of_its_steps(tmp_path: Path) -> None:

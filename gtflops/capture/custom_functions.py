@@ -80,12 +80,13 @@ class _Backward:
     ) -> torch.Tensor:
         """``output`` under a new identity, made after all that runs when this gradient is asked for."""
         recorder = self._recorder
+        alias = output.detach()  # a read, which the last write into a buffer comes before
+        made = recorder.record_of(alias)
         if position in alone and alone[position] != self._priced(group):
-            if alone[position] == self._priced(recorder.ancestors([recorder.record_of(output).position], group.start)):
-                return output
+            if alone[position] == self._priced(recorder.ancestors([made.position], group.start)):
+                return alias
             self._doubt()
-        alias = output.detach()
-        recorder.record_of(alias).inputs.update(group)
+        made.inputs.update(group)
         return alias
 
     def _priced(self, positions: Iterable[int]) -> Counter[Call]:

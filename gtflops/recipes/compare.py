@@ -11,7 +11,7 @@ from gtflops.recipes.datasets import DataSet
 from gtflops.recipes.finetune import FineTuneResult, FineTuneSettings, finetune
 from gtflops.recipes.models import Pretrained
 from gtflops.recipes.schemes import scheme
-from gtflops.training import StepRecord
+from gtflops.training import EnergyMeter, StepRecord, budget_of
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,16 @@ def compare(
     settings: FineTuneSettings,
     *,
     learning_rates: Mapping[str, float] | None = None,
+    energy: Callable[[], EnergyMeter] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Comparison:
     """Fine-tune a copy of the model by each scheme, in turn.
 
     A scheme is a name, or ``greentrainer@0.7`` for another budget than the settings'. ``learning_rates`` of some, by
-    the same names, take the place of the settings': adapters want higher ones. Each run starts from the same weights,
-    sees the same batches in the same order and draws the same random numbers. Schemes that the model does not fit are
-    refused before the first run (InputError); a run that fails later leaves the others as they are.
+    the same names, take the place of the settings': adapters want higher ones. ``energy`` makes a meter for each run.
+    Each run starts from the same weights, sees the same batches in the same order and draws the same random numbers.
+    What can be told before the first run is refused then (InputError): a scheme that does not fit the model, a budget
+    that does not fit the length. A run that fails later leaves the others as they are.
     """
     runs_to_make = {label: _settings(label, settings, learning_rates or {}) for label in schemes}
     if len(runs_to_make) != len(schemes) or not schemes:
@@ -49,6 +51,8 @@ def compare(
         with torch.device("meta"):
             skeleton = type(pretrained.model)(pretrained.model.config)
         scheme(one.scheme).prepare(skeleton)
+        if scheme(one.scheme).budgeted:
+            budget_of(one.budget).check(one.steps, one.num_epochs(len(data.train)))
 
     runs: dict[str, FineTuneResult] = {}
     failed: dict[str, str] = {}
@@ -61,6 +65,7 @@ def compare(
                 data,
                 one,
                 profile=next((run.base for run in runs.values()), None),
+                energy=None if energy is None else energy(),
                 on_step=_reporting(on_progress, label, one.steps),
             )
         except GtflopsError as error:

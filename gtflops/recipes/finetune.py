@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from gtflops.errors import BudgetSpentError, InputError
 from gtflops.problem import Granularity
 from gtflops.profiling import Profile
 from gtflops.profiling import profile as profile_of
-from gtflops.recipes.batches import Batch, EpochBatches, in_order
+from gtflops.recipes.batches import Batch, EpochBatches, batches_in_epoch, in_order
 from gtflops.recipes.datasets import DataSet
 from gtflops.recipes.evaluation import mean_loss, on_device, quality
 from gtflops.recipes.memory import Memory, PeakMemory
+from gtflops.recipes.resuming import digest_of_texts, digest_of_weights, require_as_begun, write_beginning
 from gtflops.recipes.schemes import Scheme, scheme
 from gtflops.selection import Selection
 from gtflops.training import EnergyMeter, GreenTrainer, StepRecord, TrainingLog, Watcher, budget_of, processes
@@ -73,6 +74,14 @@ class FineTuneSettings:
                 f"num_quality is {self.num_quality} and num_validation {self.num_validation}, expected numbers of "
                 "examples; num_quality=0 leaves the quality out"
             )
+
+    def num_epochs(self, num_examples: int, num_processes: int = 1) -> int:
+        """How many epochs the steps reach into."""
+        steps = batches_in_epoch(num_examples, self.batch_size, num_processes) // self.accumulate
+        if steps < 1:
+            needed = self.batch_size * num_processes * self.accumulate
+            raise InputError(f"{num_examples} examples do not fill a step of {needed}; expected at least as many")
+        return math.ceil(self.steps / steps)
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ def finetune(
 
     ``energy``, ``watchers``, ``checkpoints`` and ``resume`` are as of :class:`GreenTrainer`, which is given the epochs
     of ``data``; ``energy`` to the first process alone. A total that is spent ends the training, with the reason in the
-    log; Ctrl-C is an InterruptedRunError.
+    log; Ctrl-C is an InterruptedRunError. A run is resumed with what it was begun with: InputError names what is other.
 
     ``profile`` (of the model as it comes) and ``loss_before`` are taken as known where given. Two runs from the same
     weights and settings, on the same machine with the same number of threads, give the same losses. The trained model,
@@ -171,8 +180,9 @@ def finetune(
     }
     if not data.validation:
         raise InputError(f"{data.name} has no validation examples; expected at least one to measure the loss on")
-    if checkpoints is not None and not resume and (there := sorted(checkpoints.glob("step-*"))):
-        raise InputError(f"{checkpoints} has {there[-1].name} of another run; expected an empty folder, or to resume")
+    if checkpoints is not None:
+        _begin_or_go_on(checkpoints, resume, _options(model, data, settings))
+    epochs = settings.num_epochs(len(data.train), processes.count())
     loader = EpochBatches(
         data.train,
         tokenizer,
@@ -182,10 +192,6 @@ def finetune(
         parts=processes.count(),
         **sizes,
     )
-    if len(loader) < settings.accumulate:
-        raise InputError(
-            f"accumulate is {settings.accumulate}, and an epoch has {len(loader)} batches; expected no more than that"
-        )
     held_out = [
         on_device(batch, device) for batch in in_order(data.validation[: settings.num_validation], tokenizer, **sizes)
     ]
@@ -229,7 +235,7 @@ def finetune(
         with PeakMemory(trained) as peak:
             trainer.fit(
                 loader,
-                epochs=math.ceil(settings.steps / (len(loader) // settings.accumulate)),
+                epochs=epochs,
                 num_steps=settings.steps,
                 accumulate=settings.accumulate,
                 on_step=count_then_report,
@@ -263,6 +269,36 @@ def finetune(
         memory=peak.memory,
         batches_per_step=settings.accumulate * processes.count(),
     )
+
+
+def _begin_or_go_on(folder: Path, resume: bool, options: Mapping[str, object]) -> None:
+    if resume:
+        require_as_begun(folder, options)
+    elif there := sorted(folder.glob("step-*")):
+        raise InputError(f"{folder} has {there[-1].name} of another run; expected an empty folder, or to resume")
+    elif processes.rank() == 0:
+        write_beginning(folder, options)
+
+
+def _options(model: Any, data: DataSet, settings: FineTuneSettings) -> dict[str, object]:
+    """What the steps of a run depend on, by the names of the options of ``gtflops train``.
+
+    The number of steps is one of them: the learning rate falls to 0 at the last. What is measured on the way, and on
+    which device, is not.
+    """
+    fixed = [field.name for field in fields(settings) if field.name not in _FREE]
+    examples = (text for one in data.train for text in (one.source, one.cue, one.target))
+    return {
+        "number of processes": processes.count(),
+        "--model": f"{type(model).__name__} with weights {digest_of_weights(model)}",
+        "--attention": model.config._attn_implementation,
+        "--data": f"{len(data.train)} training examples {digest_of_texts(examples)}",
+        **{f"--{name.replace('_', '-')}": getattr(settings, name) for name in fixed},
+    } | ({} if scheme(settings.scheme).budgeted else {"--budget": None})
+
+
+#: Settings that no step depends on; a run may go on with others.
+_FREE = ("num_validation", "num_quality", "count_executed", "allow_unsupported")
 
 
 def _quality(model: Any, tokenizer: Any, data: DataSet, settings: FineTuneSettings) -> dict[str, float]:

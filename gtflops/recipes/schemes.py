@@ -47,7 +47,11 @@ def _only(model: Any, names: Iterable[str]) -> Any:
 
 
 def _top2(model: Any) -> Any:
-    """The two blocks nearest to the loss, and nothing else."""
+    """FT-Top2, "the top two layers": the two blocks nearest to the loss, all of each, and nothing else.
+
+    Embeddings, last norm and head are in no block and stay frozen, so that the backward pass ends at the lower of the
+    two. Of an encoder-decoder they are the decoder's.
+    """
     names = [name for name, _ in model.named_parameters()]
     blocks = blocks_of(names)
     order = list(dict.fromkeys(block for block in blocks.values() if block))
@@ -159,7 +163,7 @@ SCHEMES: dict[str, Scheme] = {
     one.name: one
     for one in (
         Scheme("full", "every tensor", _everything),
-        Scheme("top2", "the two blocks nearest to the loss", _top2),
+        Scheme("top2", "the two blocks nearest to the loss, without last norm and head", _top2),
         Scheme("bitfit", "the biases", _bitfit),
         Scheme("lora", "adapters of rank 8 on queries and values", _lora),
         Scheme("prefix", "20 virtual tokens in every layer", _prefix),
