@@ -20,6 +20,7 @@ from rich.table import Table
 
 from gtflops.errors import GtflopsError, InputError
 from gtflops.operators import Entry, Kind
+from gtflops.units import Unit, quantity_of
 
 if TYPE_CHECKING:
     from gtflops.profiling import Profile
@@ -88,10 +89,20 @@ AttentionOption = Annotated[
     Attention | None, typer.Option(help="Attention of a model built by name: eager unless given.")
 ]
 AllowUnsupported = Annotated[bool, typer.Option(help="Count operators without a price as free.")]
+UnitOption = Annotated[
+    Unit, typer.Option("--unit", help="Unit of the costs in what is printed: FLOPs, or multiply-adds (2 FLOPs).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.", dir_okay=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
 Budget = Annotated[float, typer.Option(help="Share of a full step's FLOPs that a step may cost, in (0, 1].")]
+StepBudget = Annotated[
+    str,
+    typer.Option(
+        help="What a step may cost: a share of a full step, in (0, 1], or as '1.2 TFLOP', '600 GMAC', or "
+        "'35 ms' with --cost time."
+    ),
+]
 Importance = Annotated[
     str,
     typer.Option(
@@ -148,6 +159,7 @@ def profile_command(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Price what torch.compile would run as well, beside the eager step.")
     ] = False,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
     top: Annotated[int, typer.Option(help="How many tensors to list.", min=0)] = 10,
 ) -> None:
@@ -158,6 +170,7 @@ def profile_command(
     from gtflops.report.summary import summarise
     from gtflops.report.terminal import profile_tables
 
+    _require_flops(unit, as_json)
     for path, suffix in ((html, ".html"), (save, "")):
         _require_writable(path, suffix)
         _require_free(path, force)
@@ -169,7 +182,7 @@ def profile_command(
     if as_json:
         _print_json(summarise(costs).to_json())
     else:
-        out.print(profile_tables(costs, top=top))
+        out.print(profile_tables(costs, top, unit))
     _say_written(save, html)
 
 
@@ -182,6 +195,7 @@ def verify_command(
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
     seed: Annotated[int, typer.Option(help="Of the random selections.")] = 0,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """Hold the prediction against what PyTorch executes, and against other counters.
@@ -193,6 +207,7 @@ def verify_command(
     from gtflops.capture import architecture
     from gtflops.report.terminal import verification_tables
 
+    _require_flops(unit, as_json)
     if _is_saved(model):
         raise InputError(
             f"{model} is a saved profile, which holds no model to run; expected a folder, a preset or an id"
@@ -204,7 +219,7 @@ def verify_command(
     if as_json:
         _print_json(found.to_json())
     else:
-        out.print(verification_tables(costs, found))
+        out.print(verification_tables(costs, found, unit))
     if not found.exact:
         raise typer.Exit(1)
 
@@ -213,9 +228,7 @@ def verify_command(
 def select_command(
     model: Model,
     importance: Importance,
-    budget: Annotated[
-        float, typer.Option(help="Share of a full step's FLOPs, or time, that a step may cost, in (0, 1].")
-    ] = 0.5,
+    budget: StepBudget = "0.5",
     cost: Cost = CostOption.FLOPS,
     form: Form = FormOption.GRAPH,
     granularity: Granularity = GranularityOption.TENSOR,
@@ -229,6 +242,7 @@ def select_command(
     allow_unsupported: AllowUnsupported = False,
     html: Html = None,
     force: Force = False,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """Which tensors to train within a budget.
@@ -238,14 +252,16 @@ def select_command(
     from gtflops.report.terminal import selection_table
     from gtflops.selection import select
 
+    _require_flops(unit, as_json)
     _require_writable(html, ".html")
     _require_free(html, force)
+    limit = _limit(budget)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
     selection = select(
         costs,
         _importance(importance, costs),
-        budget,
+        **limit,
         form=form.value,
         granularity=granularity.value,
         must_train=must_train or (),
@@ -259,7 +275,7 @@ def select_command(
     if as_json:
         _print_json(selection.to_json())
     else:
-        out.print(selection_table(selection))
+        out.print(selection_table(selection, unit))
         _say_importance(importance)
     _say_written(html)
 
@@ -283,6 +299,7 @@ def frontier_command(
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
     allow_unsupported: AllowUnsupported = False,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """How much importance each budget buys.
@@ -292,6 +309,7 @@ def frontier_command(
     from gtflops.curve import frontier
     from gtflops.report.terminal import frontier_table
 
+    _require_flops(unit, as_json)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
     curve = frontier(
@@ -309,7 +327,7 @@ def frontier_command(
     if as_json:
         _print_json(curve.to_json())
     else:
-        out.print(frontier_table(curve))
+        out.print(frontier_table(curve, unit))
         _say_importance(importance)
 
 
@@ -334,7 +352,10 @@ def report_command(
         ),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Select within this share of a full step, and report that.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Select within this, as of 'select': 0.5 or '1.2 TFLOP', and report that.", show_default=False
+        ),
     ] = None,
     selection: Annotated[
         Path | None, typer.Option(help="Report this selection, as 'gtflops select --json' prints it.")
@@ -374,7 +395,7 @@ def report_command(
     if numbers is not None and selection is not None:
         chosen = _saved_selection(selection, costs, numbers)
     elif numbers is not None and budget is not None:
-        chosen = select(costs, numbers, budget, allow_unsupported=True)
+        chosen = select(costs, numbers, **_limit(budget), allow_unsupported=True)
     with err.status(f"writing {output}"):
         write(output, costs, chosen, None if log is None else training_log(log, costs), numbers)
     _say_written(output)
@@ -390,6 +411,7 @@ def ops_command(
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
     kind: Annotated[Kind | None, typer.Option(help="Only operators of this class.")] = None,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """The operators that have a price, their formulas and where these are from; or what a model uses of them.
@@ -400,6 +422,7 @@ def ops_command(
     from gtflops.report.summary import summarise
     from gtflops.report.terminal import operators_table, used_operators_table
 
+    _require_flops(unit, as_json)
     if model is None:
         entries = [entry for entry in TABLE if kind in (None, entry.kind)]
         if as_json:
@@ -412,7 +435,7 @@ def ops_command(
         operators = summarise(costs).to_json()["operators"]
         _print_json([row for row in operators if row["kind"] is None or kind in (None, row["kind"])])
     else:
-        _print_wide(used_operators_table(costs, kind))
+        _print_wide(used_operators_table(costs, kind, unit))
 
 
 # --- train and compare ------------------------------------------------------------------------------------------
@@ -1163,6 +1186,26 @@ def _require_cost(costs: "Profile", cost: CostOption, model: str) -> None:
             f"--cost time needs the times of operators, and {model} has none for this batch; expected a profile that "
             "was saved with them, as gtflops.measure_time(profile, device).save('timed.json') does in Python"
         )
+
+
+def _require_flops(unit: Unit, as_json: bool) -> None:
+    if as_json and unit is not Unit.FLOPS:
+        raise InputError(f"--json is in FLOPs, as its keys say; leave --unit {unit} out (2 FLOPs are 1 MAC)")
+
+
+def _limit(budget: str) -> dict[str, Any]:
+    """What ``gtflops.select`` calls a budget that was written as a share, in FLOPs, in MACs or in seconds."""
+    try:
+        exact, unit = quantity_of(budget)
+        amount = float(exact)
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"--budget is {budget!r}, expected a share of a full step, such as 0.5, or what a step may cost, such as "
+            "'1.2 TFLOP' or '600 GMAC' (k, M, G, T, P, E or Z), or with --cost time '35 ms'"
+        ) from error
+    if unit == "FLOP":
+        return {"budget_flops": int(exact)}
+    return {"budget_seconds" if unit == "s" else "budget": amount}
 
 
 def _importance(given: str, costs: "Profile") -> dict[str, float]:
