@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -24,6 +24,7 @@ from gtflops.units import Unit, quantity_of
 
 if TYPE_CHECKING:
     from gtflops.profiling import Profile
+    from gtflops.recipes.adapters import Lora
     from gtflops.recipes.compare import Comparison
     from gtflops.recipes.datasets import DataSet
     from gtflops.recipes.demo import Demo
@@ -153,6 +154,13 @@ def profile_command(
     seq_len: SeqLen = None,
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
+    trainable: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What a step costs that trains just these, beside the full step: tensors of such names, as "
+            "'*.bias' (repeatable), or adapters on modules of such names, as 'lora:r=8,q_proj,v_proj'."
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the profile here, for select and later reports.")] = None,
     html: Html = None,
     force: Force = False,
@@ -166,20 +174,35 @@ def profile_command(
     """What one training step costs, and where.
 
     Example: gtflops profile facebook/opt-2.7b --batch-size 4 --seq-len 512 --html opt.html
+
+    Example: gtflops profile facebook/opt-2.7b --trainable 'lora:r=8,q_proj,v_proj'
     """
     from gtflops.report.summary import summarise
-    from gtflops.report.terminal import profile_tables
+    from gtflops.report.terminal import profile_tables, step_table
 
     _require_flops(unit, as_json)
     for path, suffix in ((html, ".html"), (save, "")):
         _require_writable(path, suffix)
         _require_free(path, force)
+    wishes = trainable or []
+    adapters = _adapters(wishes, model)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention, compiled=compiled)
+    adapted: Profile = costs
+    trained: Sequence[str] = costs.names
+    if adapters is not None:
+        sizes = _sizes(model, batch_size, seq_len, decoder_len, attention)
+        adapted, trained = _with_adapters(model, adapters, sizes)
+    elif wishes:
+        trained = _matching(wishes, costs)
     if save is not None:
         costs.save(save)
     if html is not None:
         _write_html(html, costs)
-    if as_json:
+    if wishes and as_json:
+        _print_json(_step_json(costs, adapted, trained))
+    elif wishes:
+        out.print(step_table(costs, adapted, trained, ", ".join(wishes), unit))
+    elif as_json:
         _print_json(summarise(costs).to_json())
     else:
         out.print(profile_tables(costs, top, unit))
@@ -1163,6 +1186,48 @@ def _profile(
         if (batch_size or seq_len or decoder_len)
         else saved
     )
+
+
+def _adapters(wishes: list[str], model: str) -> "Lora | None":
+    """The adapters that ``wishes`` describe, if any."""
+    from gtflops.recipes.adapters import LORA, Lora
+
+    described = [wish for wish in wishes if wish.startswith(LORA)]
+    if not described:
+        return None
+    if len(wishes) > 1:
+        raise InputError(f"--trainable is {' and '.join(map(repr, wishes))}, expected adapters alone, described once")
+    if _is_saved(model):
+        raise InputError(
+            f"{model} is a saved profile, which holds no model to put adapters on; expected a folder, a preset or an id"
+        )
+    return Lora.of(described[0])
+
+
+def _with_adapters(model: str, lora: "Lora", sizes: dict[str, Any]) -> "tuple[Profile, Sequence[str]]":
+    with err.status(f"tracing {model} with adapters"):
+        from gtflops.capture import architecture
+        from gtflops.recipes.adapters import lora_profile
+
+        return lora_profile(architecture(model, **sizes), lora)
+
+
+def _matching(wishes: list[str], costs: "Profile") -> list[str]:
+    from gtflops.problem import matching
+
+    mask = matching(costs.names, "--trainable", wishes)
+    return [name for name, chosen in zip(costs.names, mask, strict=True) if chosen]
+
+
+def _step_json(whole: "Profile", changed: "Profile", trained: Sequence[str]) -> dict[str, Any]:
+    """A step that trains some tensors, and the full step."""
+
+    def step(costs: "Profile", names: Any) -> dict[str, Any]:
+        every, matmul = costs.step_flops(names), costs.step_flops(names, ops="matmul")
+        parts = ("forward", "backward", "recompute", "total")
+        return {part: {"all": getattr(every, part), "matmul": getattr(matmul, part)} for part in parts}
+
+    return {"trained": trained, "flops": step(changed, trained), "full": step(whole, "all")}
 
 
 def _sizes(

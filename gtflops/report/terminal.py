@@ -72,16 +72,42 @@ def profile_tables(profile: Profile, top: int = 10, unit: Unit = Unit.FLOPS) -> 
             share(row.cost.full.all, full.all),
         )
     compiled = () if summary.compiled is None else ("", _compiled_table(summary.compiled, unit))
-    uncertain = [Text(f"note: {visible(note)}", style="dim") for note in summary.notes]
-    for op in summary.unsupported:
-        where = ", ".join(visible(module) or "no submodule" for module in op.where)
-        line = f"no price: {visible(op.name)}, {op.count:,} times, in {where}; counted as 0 here"
-        uncertain.append(Text(line, style="bold red"))
+    uncertain = _uncertain(profile)
     if summary.compiled is not None:
         for name, count in summary.compiled.unsupported.items():
             line = f"no price: {visible(name)}, {count:,} times, in the compiled graphs; counted as 0 there"
             uncertain.append(Text(line, style="bold red"))
     return Group(totals, *compiled, "", tensors, "", operators, *uncertain)
+
+
+def _uncertain(profile: Profile) -> list[Text]:
+    """What was assumed, and what has no price."""
+    lines = [Text(f"note: {visible(note)}", style="dim") for note in profile.notes]
+    for op in profile.unsupported:
+        where = ", ".join(visible(module) or "no submodule" for module in op.where)
+        line = f"no price: {visible(op.name)}, {op.count:,} times, in {where}; counted as 0 here"
+        lines.append(Text(line, style="bold red"))
+    return lines
+
+
+def step_table(whole: Profile, profile: Profile, trained: Iterable[str], wish: str, unit: Unit = Unit.FLOPS) -> Group:
+    """A step that trains some tensors of ``profile`` beside the full step of ``whole``; ``wish`` says which."""
+    mask = profile.mask(trained)
+    table = _table(None, "Part", "This step", "Full step", "Share of full")
+    step, full = profile.step_flops(mask), whole.step_flops("all")
+    for part in ("forward", "backward", "recompute", "total"):
+        cost, of = getattr(step, part), getattr(full, part)
+        if part == "recompute" and not cost and not of:
+            continue
+        flops = (format_flops(cost, unit), format_flops(of, unit))
+        table.add_row(part.capitalize(), *flops, share(cost, of), style="bold" if part == "total" else "")
+    numel = sum(tensor.numel for tensor, chosen in zip(profile.tensors, mask, strict=True) if chosen)
+    all_numel = sum(tensor.numel for tensor in whole.tensors)
+    exact = (
+        f"{format_exactly(step.total, unit)} of {format_exactly(full.total, unit)} {unit.symbol}; "
+        f"trained {mask.sum():,} tensors, {numel:,} parameters, in full {len(whole.names):,} and {all_numel:,}"
+    )
+    return Group(_title(f"{whole.graph.model}: a step that trains {wish}"), table, Text(exact), *_uncertain(profile))
 
 
 def _compiled_table(compiled: CompiledSummary, unit: Unit) -> Table:
@@ -258,9 +284,13 @@ def used_operators_table(profile: Profile, kind: str | None = None, unit: Unit =
     return Group(table, Text(warning, style="bold red"))
 
 
-def _table(title: str, first: str, *numbers: str) -> Table:
+def _table(title: str | None, first: str, *numbers: str) -> Table:
     table = Table(
-        title=_title(title), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", padding=(0, 1, 0, 0)
+        title=None if title is None else _title(title),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
     )
     table.add_column(first, overflow="fold")
     for header in numbers:
