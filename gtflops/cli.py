@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gtflops.errors import GtflopsError, InputError
@@ -36,6 +34,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="What a training step costs, exactly; which tensors are worth training under a FLOPs budget; train them.",
+    epilog="Leaves with 0 when all is done; with 1 when a step was not what was predicted, a scheme of several failed, "
+    "or something happened that gtflops did not expect; with 2 when what was given cannot be used; with 130 after "
+    "Ctrl-C. Errors are one line on stderr. NO_COLOR, TERM and COLUMNS are respected.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -43,7 +44,8 @@ app = typer.Typer(
 #: Set in the environment by --debug, or by the user.
 DEBUG = "GTFLOPS_DEBUG"
 
-out = Console()
+# In a pipe there is no width to keep to, and names stay whole, unless COLUMNS asks for one.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
 err = Console(stderr=True)
 
 
@@ -132,6 +134,8 @@ Every = Annotated[int, typer.Option(help="Optimizer steps between two selections
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         out.print(f"gtflops {version('gtflops')}", highlight=False)
         raise typer.Exit
 
@@ -227,7 +231,6 @@ def verify_command(
 
     Example: gtflops verify facebook/opt-125m --batch-size 2 --seq-len 128 --selections 10
     """
-    from gtflops.capture import architecture
     from gtflops.report.terminal import verification_tables
 
     _require_flops(unit, as_json)
@@ -236,8 +239,10 @@ def verify_command(
             f"{model} is a saved profile, which holds no model to run; expected a folder, a preset or an id"
         )
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
-    built = architecture(model, **_sizes(model, batch_size, seq_len, decoder_len, attention))
     with err.status("running real steps"):
+        from gtflops.capture import architecture
+
+        built = architecture(model, **_sizes(model, batch_size, seq_len, decoder_len, attention))
         found = costs.verify(built.model, built.batch, selections=selections, seed=seed)
     if as_json:
         _print_json(found.to_json())
@@ -281,18 +286,19 @@ def select_command(
     limit = _limit(budget)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
-    selection = select(
-        costs,
-        _importance(importance, costs),
-        **limit,
-        form=form.value,
-        granularity=granularity.value,
-        must_train=must_train or (),
-        must_freeze=must_freeze or (),
-        max_elements=max_elements,
-        cost=cost.value,
-        allow_unsupported=allow_unsupported,
-    )
+    with err.status("selecting"):
+        selection = select(
+            costs,
+            _importance(importance, costs),
+            **limit,
+            form=form.value,
+            granularity=granularity.value,
+            must_train=must_train or (),
+            must_freeze=must_freeze or (),
+            max_elements=max_elements,
+            cost=cost.value,
+            allow_unsupported=allow_unsupported,
+        )
     if html is not None:
         _write_html(html, costs, selection)
     if as_json:
@@ -335,18 +341,19 @@ def frontier_command(
     _require_flops(unit, as_json)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
-    curve = frontier(
-        costs,
-        _importance(importance, costs),
-        budgets=budgets,
-        form=form.value,
-        granularity=granularity.value,
-        must_train=must_train or (),
-        must_freeze=must_freeze or (),
-        max_elements=max_elements,
-        cost=cost.value,
-        allow_unsupported=allow_unsupported,
-    )
+    with err.status(f"selecting within {budgets} budgets"):
+        curve = frontier(
+            costs,
+            _importance(importance, costs),
+            budgets=budgets,
+            form=form.value,
+            granularity=granularity.value,
+            must_train=must_train or (),
+            must_freeze=must_freeze or (),
+            max_elements=max_elements,
+            cost=cost.value,
+            allow_unsupported=allow_unsupported,
+        )
     if as_json:
         _print_json(curve.to_json())
     else:
@@ -1363,6 +1370,8 @@ def _write_html(path: Path, costs: "Profile", selection: "Selection | None" = No
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for each stage, on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -1382,18 +1391,39 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def main() -> None:
-    """Run the command line; errors of the user's input are one line on stderr and exit code 2."""
+    """Run the command line and leave with the exit code that ``gtflops --help`` documents."""
     # The notices of the libraries below would stand between ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # torchrun's first process speaks for all
     try:
-        app(prog_name="gtflops")
-    except GtflopsError as error:
-        if os.environ.get(DEBUG):
-            raise
-        err.print(f"[bold red]error:[/] {type(error).__name__}", end=" ")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        code = app(prog_name="gtflops", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
+        sys.exit(1)
+    except typer.Abort:
+        err.print("[bold red]error:[/] stopped, as asked")
+        sys.exit(1)
+    except Exception as error:
+        code = _say_error(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_error(error: Exception) -> int:
+    """One line on stderr; the exit code. With --debug the traceback goes its way."""
+    code, words = 2, f"{type(error).__name__} {error}"
+    if hasattr(error, "format_message"):  # typer's, of a command line that cannot be read
+        context = getattr(error, "ctx", None)
+        if not error.format_message():  # nothing was asked for, and help is what there is to say
+            return 2
+        words = f"{error.format_message()} ({context.command_path if context else 'gtflops'} --help says what there is)"
+    elif os.environ.get(DEBUG):
+        raise error
+    elif isinstance(error, OSError):
+        words = f"{type(error).__name__} {error}"
+    elif not isinstance(error, GtflopsError):
+        code, words = 1, f"{type(error).__name__} {error}; gtflops did not expect this: --debug, first, shows where"
+    err.print("[bold red]error:[/]", end=" ")
+    err.print(" ".join(words.splitlines()), markup=False, highlight=False, soft_wrap=True)
+    return code

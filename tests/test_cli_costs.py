@@ -1,7 +1,11 @@
 """The commands that print costs, as a user runs them: every line of them, units, wishes, errors, exit codes."""
 
+import contextlib
 import json
 import os
+import pty
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +52,149 @@ def saved(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def profile(folder: Path) -> gtflops.Profile:
     return gtflops.Profile.load(folder / "tiny.json")
+
+
+PRINTED = sorted((Path(__file__).parent / "printed").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", PRINTED, ids=lambda path: path.stem)
+def test_what_is_printed(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file begins with the command that prints the rest of it, at 100 columns."""
+    monkeypatch.chdir(folder)
+    command, _, expected = path.read_text().partition("\n")
+    prompt, program, *arguments = shlex.split(command)
+    assert (prompt, program) == ("$", "gtflops")
+    result = run(*arguments)
+    assert "".join(f"{line.rstrip()}\n" for line in result.stdout.splitlines()) == expected
+    assert result.stderr == ""  # progress is for terminals
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom gtflops.cli import main\nsys.argv[1:] = ['--help']\ntry:\n    main()\n"
+        "except SystemExit as left:\n    print(left.code, *sorted(sys.modules))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code_and_modules = printed.splitlines()[-1].split()
+    assert code_and_modules[0] == "0"
+    assert "gtflops.cli" in code_and_modules
+    assert not {"torch", "transformers", "numpy", "plotly"} & set(code_and_modules)
+    assert "Leaves with 0 when all is done" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "position", "expected"),
+    [
+        ("gtflops pro", 1, ["profile"]),
+        ("gtflops profile --tr", 2, ["--trainable"]),
+        ("gtflops profile --unit ", 3, ["flops", "macs"]),
+    ],
+)
+def test_completion(words: str, position: int, expected: list[str]) -> None:
+    asked = {"_GTFLOPS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+    assert run(**asked).stdout.split() == expected
+    assert "_GTFLOPS_COMPLETE=complete_bash" in run("--show-completion", "bash").stdout
+
+
+def test_a_command_that_cannot_be_read_is_one_line() -> None:
+    for arguments, expected in (
+        (["profile", "opt", "--attentn", "sdpa"], "error: No such option: --attentn"),
+        (["frontier"], "(gtflops frontier --help says what there is)"),
+        (["profil"], "(gtflops --help says what there is)"),
+        (["profile", "opt", "--top", "-1"], "error: Invalid value for '--top': "),
+    ):
+        refused = run(*arguments, expect=2)
+        assert expected in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+        assert refused.stdout == ""
+    assert "Usage: gtflops" in run(expect=2).stdout  # nothing was asked for
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (KeyError("seq"), 1, "error: KeyError 'seq'; gtflops did not expect this: --debug, first, shows where\n"),
+        (OSError(28, "No space left on device"), 2, "error: OSError [Errno 28] No space left on device\n"),
+        (gtflops.InputError("two\nlines"), 2, "error: InputError two lines\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(32, "Broken pipe"), 1, ""),
+    ],
+)
+def test_errors_and_exit_codes(
+    error: BaseException,
+    code: int,
+    expected: str,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(gtflops.Profile, "load", fail)
+    monkeypatch.setattr(sys, "argv", ["gtflops", "profile", str(saved)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == code
+    assert capfd.readouterr().err == expected
+    if code in (1, 2) and not isinstance(error, BrokenPipeError):
+        monkeypatch.setenv("GTFLOPS_DEBUG", "1")
+        with pytest.raises(type(error)):
+            main()
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    """Such as head: no traceback, no complaint of Python's."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gtflops", "ops", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
+def on_a_terminal(*arguments: str | Path, **environment: str) -> str:
+    """What a person sees, colours included."""
+    ours, theirs = pty.openpty()
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gtflops", *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**inherited, "TERM": "xterm-256color", **environment},
+    )
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    os.close(ours)
+    assert process.wait() in (0, 2)
+    return seen.decode()
+
+
+def test_colours_are_for_terminals_that_want_them(saved: Path) -> None:
+    coloured = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
+    refused = ["select", saved, "--importance", "numel", "--budget", "2"]
+    assert coloured.search(on_a_terminal(*refused))
+    assert not coloured.search(on_a_terminal(*refused, NO_COLOR="1"))
+    assert "\x1b[" not in on_a_terminal(*refused, TERM="dumb")
+    assert "\x1b[" not in run("profile", saved).stdout
+    assert "selecting" in on_a_terminal(*refused)  # progress
+
+
+def test_the_width_is_that_of_the_terminal_or_none(saved: Path, profile: gtflops.Profile) -> None:
+    narrow = run("profile", saved, COLUMNS="40").stdout
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert re.search(r" 100\.0%", narrow)  # numbers stay whole
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-m", "gtflops", "profile", str(saved)]
+    piped = subprocess.run(command, env=inherited, capture_output=True, text=True, check=True).stdout
+    assert any(profile.names[0] in line and "FLOP" in line for line in piped.splitlines())
+    assert any("note: " in line and len(line) > 100 for line in piped.splitlines())
 
 
 def test_costs_in_macs_are_half(saved: Path, profile: gtflops.Profile) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gtflops.verification import Verification
 
 _NAME_LENGTH = 120
+_NUMBER_WIDTH = len("100.0%")
 _MOST_EXPLANATIONS = 12
 
 
@@ -294,7 +295,9 @@ def _table(title: str | None, first: str, *numbers: str) -> Table:
     )
     table.add_column(first, overflow="fold")
     for header in numbers:
-        table.add_column(header, justify="right", overflow="fold")
+        # On a narrow terminal names are folded rather than numbers and headings.
+        widest = max(_NUMBER_WIDTH, *map(len, header.split()))
+        table.add_column(header, justify="right", overflow="fold", min_width=widest)
     return table
 
 
