@@ -1,6 +1,10 @@
 """Side by side in one run; pytest-benchmark prints the medians, and each one's ratio to the best of its group."""
 
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +59,36 @@ def test_trace_by_flop_counter_mode(benchmark: Any, step: tuple[str, Any]) -> No
     name, (model, batch, mode) = step
     benchmark.group = f"trace {name}, 4 x 512"
     benchmark.pedantic(lambda: counting_run(model, batch, mode), rounds=5, warmup_rounds=1)
+
+
+def in_a_process(benchmark: Any, *arguments: str) -> None:
+    """A command from its start to its end, imports included; and the processor's time, which is steadier."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    rounds = 3
+    command = [sys.executable, *arguments]
+    benchmark.pedantic(
+        lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), rounds=rounds, warmup_rounds=0
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    benchmark.extra_info["processor seconds:"] = seconds / rounds
+
+
+def test_command_profile(benchmark: Any) -> None:
+    """At most 1.3 times the next one."""
+    benchmark.group = "gtflops profile facebook/opt-2.7b, a process"
+    in_a_process(benchmark, "-m", "gtflops", "profile", OPT)
+
+
+def test_command_bare_trace(benchmark: Any) -> None:
+    benchmark.group = "gtflops profile facebook/opt-2.7b, a process"
+    in_a_process(benchmark, str(Path(__file__).with_name("bare_trace.py")), OPT)
+
+
+def test_command_help(benchmark: Any) -> None:
+    """Under 0.3 s."""
+    benchmark.group = "gtflops --help, a process"
+    in_a_process(benchmark, "-m", "gtflops", "--help")
 
 
 def test_query_by_step_flops(benchmark: Any, opt: gtflops.Profile) -> None:

@@ -5,24 +5,24 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gtflops.errors import GtflopsError, InputError
 from gtflops.operators import Entry, Kind
+from gtflops.units import Unit, quantity_of
 
 if TYPE_CHECKING:
     from gtflops.profiling import Profile
+    from gtflops.recipes.adapters import Lora
     from gtflops.recipes.compare import Comparison
     from gtflops.recipes.datasets import DataSet
     from gtflops.recipes.demo import Demo
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="What a training step costs, exactly; which tensors are worth training under a FLOPs budget; train them.",
+    epilog="Leaves with 0 when all is done; with 1 when a step was not what was predicted, a scheme of several failed, "
+    "or something happened that gtflops did not expect; with 2 when what was given cannot be used; with 130 after "
+    "Ctrl-C. Errors are one line on stderr. NO_COLOR, TERM and COLUMNS are respected.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,7 +44,8 @@ app = typer.Typer(
 #: Set in the environment by --debug, or by the user.
 DEBUG = "GTFLOPS_DEBUG"
 
-out = Console()
+# In a pipe there is no width to keep to, and names stay whole, unless COLUMNS asks for one.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
 err = Console(stderr=True)
 
 
@@ -88,10 +92,20 @@ AttentionOption = Annotated[
     Attention | None, typer.Option(help="Attention of a model built by name: eager unless given.")
 ]
 AllowUnsupported = Annotated[bool, typer.Option(help="Count operators without a price as free.")]
+UnitOption = Annotated[
+    Unit, typer.Option("--unit", help="Unit of the costs in what is printed: FLOPs, or multiply-adds (2 FLOPs).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.", dir_okay=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
 Budget = Annotated[float, typer.Option(help="Share of a full step's FLOPs that a step may cost, in (0, 1].")]
+StepBudget = Annotated[
+    str,
+    typer.Option(
+        help="What a step may cost: a share of a full step, in (0, 1], or as '1.2 TFLOP', '600 GMAC', or "
+        "'35 ms' with --cost time."
+    ),
+]
 Importance = Annotated[
     str,
     typer.Option(
@@ -120,6 +134,8 @@ Every = Annotated[int, typer.Option(help="Optimizer steps between two selections
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         out.print(f"gtflops {version('gtflops')}", highlight=False)
         raise typer.Exit
 
@@ -142,34 +158,58 @@ def profile_command(
     seq_len: SeqLen = None,
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
+    trainable: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What a step costs that trains just these, beside the full step: tensors of such names, as "
+            "'*.bias' (repeatable), or adapters on modules of such names, as 'lora:r=8,q_proj,v_proj'."
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the profile here, for select and later reports.")] = None,
     html: Html = None,
     force: Force = False,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Price what torch.compile would run as well, beside the eager step.")
     ] = False,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
     top: Annotated[int, typer.Option(help="How many tensors to list.", min=0)] = 10,
 ) -> None:
     """What one training step costs, and where.
 
     Example: gtflops profile facebook/opt-2.7b --batch-size 4 --seq-len 512 --html opt.html
+
+    Example: gtflops profile facebook/opt-2.7b --trainable 'lora:r=8,q_proj,v_proj'
     """
     from gtflops.report.summary import summarise
-    from gtflops.report.terminal import profile_tables
+    from gtflops.report.terminal import profile_tables, step_table
 
+    _require_flops(unit, as_json)
     for path, suffix in ((html, ".html"), (save, "")):
         _require_writable(path, suffix)
         _require_free(path, force)
+    wishes = trainable or []
+    adapters = _adapters(wishes, model)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention, compiled=compiled)
+    adapted: Profile = costs
+    trained: Sequence[str] = costs.names
+    if adapters is not None:
+        sizes = _sizes(model, batch_size, seq_len, decoder_len, attention)
+        adapted, trained = _with_adapters(model, adapters, sizes)
+    elif wishes:
+        trained = _matching(wishes, costs)
     if save is not None:
         costs.save(save)
     if html is not None:
         _write_html(html, costs)
-    if as_json:
+    if wishes and as_json:
+        _print_json(_step_json(costs, adapted, trained))
+    elif wishes:
+        out.print(step_table(costs, adapted, trained, ", ".join(wishes), unit))
+    elif as_json:
         _print_json(summarise(costs).to_json())
     else:
-        out.print(profile_tables(costs, top=top))
+        out.print(profile_tables(costs, top, unit))
     _say_written(save, html)
 
 
@@ -182,6 +222,7 @@ def verify_command(
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
     seed: Annotated[int, typer.Option(help="Of the random selections.")] = 0,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """Hold the prediction against what PyTorch executes, and against other counters.
@@ -190,21 +231,23 @@ def verify_command(
 
     Example: gtflops verify facebook/opt-125m --batch-size 2 --seq-len 128 --selections 10
     """
-    from gtflops.capture import architecture
     from gtflops.report.terminal import verification_tables
 
+    _require_flops(unit, as_json)
     if _is_saved(model):
         raise InputError(
             f"{model} is a saved profile, which holds no model to run; expected a folder, a preset or an id"
         )
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
-    built = architecture(model, **_sizes(model, batch_size, seq_len, decoder_len, attention))
     with err.status("running real steps"):
+        from gtflops.capture import architecture
+
+        built = architecture(model, **_sizes(model, batch_size, seq_len, decoder_len, attention))
         found = costs.verify(built.model, built.batch, selections=selections, seed=seed)
     if as_json:
         _print_json(found.to_json())
     else:
-        out.print(verification_tables(costs, found))
+        out.print(verification_tables(costs, found, unit))
     if not found.exact:
         raise typer.Exit(1)
 
@@ -213,9 +256,7 @@ def verify_command(
 def select_command(
     model: Model,
     importance: Importance,
-    budget: Annotated[
-        float, typer.Option(help="Share of a full step's FLOPs, or time, that a step may cost, in (0, 1].")
-    ] = 0.5,
+    budget: StepBudget = "0.5",
     cost: Cost = CostOption.FLOPS,
     form: Form = FormOption.GRAPH,
     granularity: Granularity = GranularityOption.TENSOR,
@@ -229,6 +270,7 @@ def select_command(
     allow_unsupported: AllowUnsupported = False,
     html: Html = None,
     force: Force = False,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """Which tensors to train within a budget.
@@ -238,28 +280,31 @@ def select_command(
     from gtflops.report.terminal import selection_table
     from gtflops.selection import select
 
+    _require_flops(unit, as_json)
     _require_writable(html, ".html")
     _require_free(html, force)
+    limit = _limit(budget)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
-    selection = select(
-        costs,
-        _importance(importance, costs),
-        budget,
-        form=form.value,
-        granularity=granularity.value,
-        must_train=must_train or (),
-        must_freeze=must_freeze or (),
-        max_elements=max_elements,
-        cost=cost.value,
-        allow_unsupported=allow_unsupported,
-    )
+    with err.status("selecting"):
+        selection = select(
+            costs,
+            _importance(importance, costs),
+            **limit,
+            form=form.value,
+            granularity=granularity.value,
+            must_train=must_train or (),
+            must_freeze=must_freeze or (),
+            max_elements=max_elements,
+            cost=cost.value,
+            allow_unsupported=allow_unsupported,
+        )
     if html is not None:
         _write_html(html, costs, selection)
     if as_json:
         _print_json(selection.to_json())
     else:
-        out.print(selection_table(selection))
+        out.print(selection_table(selection, unit))
         _say_importance(importance)
     _say_written(html)
 
@@ -283,6 +328,7 @@ def frontier_command(
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
     allow_unsupported: AllowUnsupported = False,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """How much importance each budget buys.
@@ -292,24 +338,26 @@ def frontier_command(
     from gtflops.curve import frontier
     from gtflops.report.terminal import frontier_table
 
+    _require_flops(unit, as_json)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
-    curve = frontier(
-        costs,
-        _importance(importance, costs),
-        budgets=budgets,
-        form=form.value,
-        granularity=granularity.value,
-        must_train=must_train or (),
-        must_freeze=must_freeze or (),
-        max_elements=max_elements,
-        cost=cost.value,
-        allow_unsupported=allow_unsupported,
-    )
+    with err.status(f"selecting within {budgets} budgets"):
+        curve = frontier(
+            costs,
+            _importance(importance, costs),
+            budgets=budgets,
+            form=form.value,
+            granularity=granularity.value,
+            must_train=must_train or (),
+            must_freeze=must_freeze or (),
+            max_elements=max_elements,
+            cost=cost.value,
+            allow_unsupported=allow_unsupported,
+        )
     if as_json:
         _print_json(curve.to_json())
     else:
-        out.print(frontier_table(curve))
+        out.print(frontier_table(curve, unit))
         _say_importance(importance)
 
 
@@ -334,7 +382,10 @@ def report_command(
         ),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Select within this share of a full step, and report that.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Select within this, as of 'select': 0.5 or '1.2 TFLOP', and report that.", show_default=False
+        ),
     ] = None,
     selection: Annotated[
         Path | None, typer.Option(help="Report this selection, as 'gtflops select --json' prints it.")
@@ -374,7 +425,7 @@ def report_command(
     if numbers is not None and selection is not None:
         chosen = _saved_selection(selection, costs, numbers)
     elif numbers is not None and budget is not None:
-        chosen = select(costs, numbers, budget, allow_unsupported=True)
+        chosen = select(costs, numbers, **_limit(budget), allow_unsupported=True)
     with err.status(f"writing {output}"):
         write(output, costs, chosen, None if log is None else training_log(log, costs), numbers)
     _say_written(output)
@@ -390,6 +441,7 @@ def ops_command(
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
     kind: Annotated[Kind | None, typer.Option(help="Only operators of this class.")] = None,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """The operators that have a price, their formulas and where these are from; or what a model uses of them.
@@ -400,6 +452,7 @@ def ops_command(
     from gtflops.report.summary import summarise
     from gtflops.report.terminal import operators_table, used_operators_table
 
+    _require_flops(unit, as_json)
     if model is None:
         entries = [entry for entry in TABLE if kind in (None, entry.kind)]
         if as_json:
@@ -412,7 +465,7 @@ def ops_command(
         operators = summarise(costs).to_json()["operators"]
         _print_json([row for row in operators if row["kind"] is None or kind in (None, row["kind"])])
     else:
-        _print_wide(used_operators_table(costs, kind))
+        _print_wide(used_operators_table(costs, kind, unit))
 
 
 # --- train and compare ------------------------------------------------------------------------------------------
@@ -1185,6 +1238,48 @@ def _profile(
     )
 
 
+def _adapters(wishes: list[str], model: str) -> "Lora | None":
+    """The adapters that ``wishes`` describe, if any."""
+    from gtflops.recipes.adapters import LORA, Lora
+
+    described = [wish for wish in wishes if wish.startswith(LORA)]
+    if not described:
+        return None
+    if len(wishes) > 1:
+        raise InputError(f"--trainable is {' and '.join(map(repr, wishes))}, expected adapters alone, described once")
+    if _is_saved(model):
+        raise InputError(
+            f"{model} is a saved profile, which holds no model to put adapters on; expected a folder, a preset or an id"
+        )
+    return Lora.of(described[0])
+
+
+def _with_adapters(model: str, lora: "Lora", sizes: dict[str, Any]) -> "tuple[Profile, Sequence[str]]":
+    with err.status(f"tracing {model} with adapters"):
+        from gtflops.capture import architecture
+        from gtflops.recipes.adapters import lora_profile
+
+        return lora_profile(architecture(model, **sizes), lora)
+
+
+def _matching(wishes: list[str], costs: "Profile") -> list[str]:
+    from gtflops.problem import matching
+
+    mask = matching(costs.names, "--trainable", wishes)
+    return [name for name, chosen in zip(costs.names, mask, strict=True) if chosen]
+
+
+def _step_json(whole: "Profile", changed: "Profile", trained: Sequence[str]) -> dict[str, Any]:
+    """A step that trains some tensors, and the full step."""
+
+    def step(costs: "Profile", names: Any) -> dict[str, Any]:
+        every, matmul = costs.step_flops(names), costs.step_flops(names, ops="matmul")
+        parts = ("forward", "backward", "recompute", "total")
+        return {part: {"all": getattr(every, part), "matmul": getattr(matmul, part)} for part in parts}
+
+    return {"trained": trained, "flops": step(changed, trained), "full": step(whole, "all")}
+
+
 def _sizes(
     model: str, batch_size: int | None, seq_len: int | None, decoder_len: int | None, attention: Attention | None
 ) -> dict[str, Any]:
@@ -1206,6 +1301,26 @@ def _require_cost(costs: "Profile", cost: CostOption, model: str) -> None:
             f"--cost time needs the times of operators, and {model} has none for this batch; expected a profile that "
             "was saved with them, as gtflops.measure_time(profile, device).save('timed.json') does in Python"
         )
+
+
+def _require_flops(unit: Unit, as_json: bool) -> None:
+    if as_json and unit is not Unit.FLOPS:
+        raise InputError(f"--json is in FLOPs, as its keys say; leave --unit {unit} out (2 FLOPs are 1 MAC)")
+
+
+def _limit(budget: str) -> dict[str, Any]:
+    """What ``gtflops.select`` calls a budget that was written as a share, in FLOPs, in MACs or in seconds."""
+    try:
+        exact, unit = quantity_of(budget)
+        amount = float(exact)
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"--budget is {budget!r}, expected a share of a full step, such as 0.5, or what a step may cost, such as "
+            "'1.2 TFLOP' or '600 GMAC' (k, M, G, T, P, E or Z), or with --cost time '35 ms'"
+        ) from error
+    if unit == "FLOP":
+        return {"budget_flops": int(exact)}
+    return {"budget_seconds" if unit == "s" else "budget": amount}
 
 
 def _importance(given: str, costs: "Profile") -> dict[str, float]:
@@ -1298,6 +1413,8 @@ def _write_html(path: Path, costs: "Profile", selection: "Selection | None" = No
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for each stage, on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -1317,18 +1434,39 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def main() -> None:
-    """Run the command line; errors of the user's input are one line on stderr and exit code 2."""
+    """Run the command line and leave with the exit code that ``gtflops --help`` documents."""
     # The notices of the libraries below would stand between ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # torchrun's first process speaks for all
     try:
-        app(prog_name="gtflops")
-    except GtflopsError as error:
-        if os.environ.get(DEBUG):
-            raise
-        err.print(f"[bold red]error:[/] {type(error).__name__}", end=" ")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        code = app(prog_name="gtflops", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
+        sys.exit(1)
+    except typer.Abort:
+        err.print("[bold red]error:[/] stopped, as asked")
+        sys.exit(1)
+    except Exception as error:
+        code = _say_error(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_error(error: Exception) -> int:
+    """One line on stderr; the exit code. With --debug the traceback goes its way."""
+    code, words = 2, f"{type(error).__name__} {error}"
+    if hasattr(error, "format_message"):  # typer's, of a command line that cannot be read
+        context = getattr(error, "ctx", None)
+        if not error.format_message():  # nothing was asked for, and help is what there is to say
+            return 2
+        words = f"{error.format_message()} ({context.command_path if context else 'gtflops'} --help says what there is)"
+    elif os.environ.get(DEBUG):
+        raise error
+    elif isinstance(error, OSError):
+        words = f"{type(error).__name__} {error}"
+    elif not isinstance(error, GtflopsError):
+        code, words = 1, f"{type(error).__name__} {error}; gtflops did not expect this: --debug, first, shows where"
+    err.print("[bold red]error:[/]", end=" ")
+    err.print(" ".join(words.splitlines()), markup=False, highlight=False, soft_wrap=True)
+    return code

@@ -73,8 +73,8 @@ class Problem:
         epochs_left = _epochs_left(reuse, epochs_left)
         whole = exact_form(profile, cost, epochs_left)
         values = _values(profile, importance)
-        forced = _matching(profile.names, "must_train", must_train)
-        frozen = _matching(profile.names, "must_freeze", must_freeze)
+        forced = matching(profile.names, "must_train", must_train)
+        frozen = matching(profile.names, "must_freeze", must_freeze)
         if (both := np.flatnonzero(forced & frozen)).size:
             raise InputError(
                 f"{len(both)} tensors match must_train and must_freeze, first {profile.names[both[0]]!r}; expected "
@@ -314,7 +314,7 @@ def _numel(profile: Profile) -> npt.NDArray[np.int64]:
     return np.array([tensor.numel for tensor in profile.tensors], dtype=np.int64)
 
 
-def _matching(names: Sequence[str], argument: str, patterns: Patterns) -> npt.NDArray[np.bool_]:
+def matching(names: Sequence[str], argument: str, patterns: Patterns) -> npt.NDArray[np.bool_]:
     """Which of the names match one of the patterns; InputError for a pattern that none does."""
     matched = np.zeros(len(names), dtype=np.bool_)
     if not isinstance(patterns, Iterable):

@@ -94,7 +94,7 @@ def _lora(model: Any) -> Any:
         raise InputError(
             f"{type(model).__name__} has no modules for queries and values by a known name; expected one of {known}"
         )
-    peft = _peft()
+    peft = require_peft()
     settings = peft.LoraConfig(
         task_type=_task(model),
         r=8,
@@ -108,7 +108,7 @@ def _lora(model: Any) -> Any:
 
 def _prefix(model: Any) -> Any:
     """20 virtual tokens before the keys and values of every layer, as in the published experiments."""
-    peft = _peft()
+    peft = require_peft()
     return peft.get_peft_model(model, peft.PrefixTuningConfig(task_type=_task(model), num_virtual_tokens=20))
 
 
@@ -116,7 +116,8 @@ def _task(model: Any) -> str:
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
+    """The package peft; InputError where it is not installed."""
     try:
         import peft
     except ImportError as error:

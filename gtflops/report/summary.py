@@ -18,7 +18,7 @@ from gtflops.profiling import Profile, UnsupportedOperator
 from gtflops.report.budgets import BudgetCurve
 from gtflops.report.grid import Grid
 from gtflops.selection import Selection
-from gtflops.units import FLOPS_PER_MAC, format_flops, format_seconds
+from gtflops.units import FLOPS_PER_MAC, Unit, format_exactly, format_flops, format_seconds
 
 if TYPE_CHECKING:
     from gtflops.training.energy import Energy
@@ -171,17 +171,20 @@ class SelectionSummary:
     optimal: bool
     importance_captured: float
 
-    def facts(self) -> tuple[tuple[str, str], ...]:
+    def facts(self, unit: Unit = Unit.FLOPS) -> tuple[tuple[str, str], ...]:
         """Labels and values, as every renderer prints them."""
         if self.budget_flops is not None:
-            budget = f"{self.budget_flops / self.full_flops:.2%} of a full step, {format_flops(self.budget_flops)}"
+            budget = (
+                f"{self.budget_flops / self.full_flops:.2%} of a full step, {format_flops(self.budget_flops, unit)}"
+            )
         else:
             assert self.budget_seconds is not None
             budget = self._share_of_time(self.budget_seconds)
+        cost = f"{format_exactly(self.flops, unit)} {unit.symbol}"
         measured = () if self.seconds is None else (("Measured time of a step", self._share_of_time(self.seconds)),)
         return (
             ("Budget", budget),
-            ("Exact cost of a step", f"{self.flops:,} FLOP, {self.flops / self.full_flops:.2%} of a full step"),
+            ("Exact cost of a step", f"{cost}, {self.flops / self.full_flops:.2%} of a full step"),
             *measured,
             ("Tensors trained", f"{self.tensors:,} of {self.all_tensors:,}"),
             ("Parameters trained", f"{self.numel:,} of {self.all_numel:,} ({self.numel / self.all_numel:.1%})"),
