@@ -342,7 +342,7 @@ def test_train_by_budgets_of_epochs(tiny: Path, pairs: Path, tmp_path: Path) -> 
     assert not any(name.startswith("lm_") for name in data["trained"])
     assert data["stopped"] is None
     assert data["energy"]["co2_kg"] == pytest.approx(data["energy"]["kwh"] * 0.1)
-    assert [drop["step"] for drop in data["drops"]] == [0, 3]
+    assert [drop["step"] for drop in data["drops"]] == [0]  # it held, and is trusted for a while
     assert all(drop["predicted"] == pytest.approx(drop["real"], rel=0.5) for drop in data["drops"])
     lines = gtflops.training.read_log(tmp_path / "run.jsonl")
     assert [line["loss"] for line in lines if line["record"] == "step"] == data["losses"]
