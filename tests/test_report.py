@@ -197,13 +197,13 @@ def test_energy_end_and_drop_of_a_run(profile: Profile, log: TrainingLog, tmp_pa
         training = read_json(path)["training"]
         assert training["energy"] == {"kwh": 1.25, "co2_kg": 0.07, "intensity": 56.0, "method": "counted <by> hand"}
         assert training["stopped"] == "all is spent"
-        assert [step["predicted_drop"] is None for step in training["steps"]] == [False, True] * 3
+        assert [step["predicted_drop"] is None for step in training["steps"]] == [False, *[True] * 5]
         return
     text = path.read_text()
     assert "1.25 kWh" in text
     assert "0.07 kg, at 56 g/kWh" in text
     assert "all is spent" in text
-    assert "summed over the 3 steps after a selection" in text
+    assert "Drop of the loss, predicted and real" in text
     assert "<by>" not in text
 
 

@@ -208,7 +208,7 @@ def test_scaled_gradients(clip: float, tmp_path: Path) -> None:
     assert by_step(trainer.executed, 2) == planned(callback)
     assert watch.moved[0] == set()
     assert watch.moved[1:] == watch.trained[1:]
-    assert [step.real_drop is not None for step in callback.log.steps] == [False, True, True, False]
+    assert [step.real_drop is not None for step in callback.log.steps] == [False, True, False, False]  # it held
     for step in callback.log.checked:
         assert step.real_drop == pytest.approx(step.predicted_drop, rel=0.1)
 
@@ -400,7 +400,7 @@ def test_a_scheme_of_its_own(tmp_path: Path) -> None:
     assert not callback.log.checked
 
 
-def test_the_estimate_is_checked_in_the_step_after_each_selection(tmp_path: Path) -> None:
+def test_the_estimate_is_checked_in_the_step_after_a_selection(tmp_path: Path) -> None:
     """With dropout, two batches a step of different lengths, and gradients clipped to a fraction."""
     callback = GreenTrainerCallback(budget=0.7, every=2)
     trainer = trainer_of(
@@ -408,7 +408,7 @@ def test_the_estimate_is_checked_in_the_step_after_each_selection(tmp_path: Path
         max_steps=3, lengths=(8, 8, 14, 14),
     )  # fmt: skip
     trainer.train()
-    assert [step.real_drop is not None for step in callback.log.steps] == [True, False, True]
+    assert [step.real_drop is not None for step in callback.log.steps] == [True, False, False]  # it held
     for step in callback.log.checked:
         assert step.real_drop == pytest.approx(step.predicted_drop, rel=0.1)
     assert trainer.state.total_flos == callback.log.planned_flops + callback.log.measuring_flops
@@ -473,9 +473,9 @@ def test_logs(tmp_path: Path) -> None:
     assert callback._run.green is not None
     measured = log.selections[0].full_flops + callback._run.green.profile.forward_flops  # and the check of it
     assert state["total_flos"] == sum(planned(callback)[:4]) + measured
-    assert log.checked == tuple(log.steps[record.step] for record in log.selections)
+    assert log.checked == (log.steps[0],)  # it held
     assert seen[0]["gtflops/predicted_drop"] == seen[3]["gtflops/predicted_drop"] == log.steps[0].predicted_drop
-    assert last["gtflops/real_drop"] == log.steps[8].real_drop
+    assert last["gtflops/real_drop"] == log.steps[0].real_drop
 
 
 # --- resume -----------------------------------------------------------------------------------------------------

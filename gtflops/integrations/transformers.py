@@ -44,8 +44,9 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
     Trainer's logs have ``gtflops/step_flops`` (of the last step), ``gtflops/flops_total`` (all so far, measuring
     included), ``gtflops/flops_saved`` (against the same steps in full), ``gtflops/selected_tensors``,
     ``gtflops/budget`` and ``gtflops/importance_captured``; :attr:`log` has every step and selection. The first step
-    after each selection checks the estimate behind it by a forward pass, and warns where it does not hold:
-    ``gtflops/predicted_drop`` and ``gtflops/real_drop``. With ``energy``, ``gtflops/kwh`` and ``gtflops/co2_kg``.
+    after a selection checks the estimate behind it by a forward pass, unless one of late held, and warns where it does
+    not hold: ``gtflops/predicted_drop`` and ``gtflops/real_drop``. With ``energy``, ``gtflops/kwh`` and
+    ``gtflops/co2_kg``.
 
     Of a PEFT model, it selects among the tensors that PEFT trains; a full step is still one that trains the whole
     model, of which adapters alone may cost 0.7. Tensors whose training would raise the loss by their importance are not

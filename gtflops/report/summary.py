@@ -292,7 +292,7 @@ class TrainingSummary:
         if not drops:
             return ()
         predicted, real = map(sum, zip(*drops, strict=True))
-        said = f"{predicted:.4g}, {real:.4g}, summed over the {len(drops)} steps after a selection"
+        said = f"{predicted:.4g}, {real:.4g}, summed over the steps that checked: {len(drops)}"
         return (("Drop of the loss, predicted and real", said),)
 
     def _energy(self) -> tuple[tuple[str, str], ...]:

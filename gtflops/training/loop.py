@@ -288,7 +288,7 @@ class GreenTrainer:
         check = ImportanceCheck(self._predicted, self.processes.mean("the loss of the step", loss), self._loss_again())
         self._predicted, self._to_check = None, False
         record = self.log.steps[-1]
-        self.log.steps[-1] = replace(record, predicted_drop=check.predicted, real_drop=check.real)
+        self.log.steps[-1] = replace(record, loss=check.before, predicted_drop=check.predicted, real_drop=check.real)
         if not check.holds:
             warnings.warn(f"step {record.step}: {check}", stacklevel=3)
 
