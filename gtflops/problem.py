@@ -194,7 +194,7 @@ class Problem:
             runs = _RUNS_ALWAYS if self.profile.step_flops("none").backward else "the forward pass alone"
             if self.epochs_left is not None:
                 runs += f", its blocks run in one of {self.epochs_left} epochs"
-            reason = f"is below {runs} ({always / full:.4f} of a full step)"
+            reason = f"is below {runs} ({always / full:.4f} of a full step{self._other_floor()})"
         elif self._forced_train:
             reason = "leaves too little for what must train"
         else:
@@ -210,7 +210,7 @@ class Problem:
             given, exact = format_seconds(limit / 1e9), f"budget_seconds={self.smallest / 1e9!r}"
         return InfeasibleBudgetError(
             f"budget {limit / full:.4f} ({given}) {reason}; the smallest feasible budget for this model and batch is "
-            f"{least:.4f} ({exact}){self._other_floor()}"
+            f"{least:.4f} ({exact})"
         )
 
     def _other_floor(self) -> str:
@@ -218,11 +218,9 @@ class Problem:
         without = exact_form(self.profile, self.cost).base / self.full
         with_reuse = exact_form(self.profile, self.cost, _MANY_EPOCHS).base / self.full
         if self.epochs_left is not None:
-            return f"; without reuse, {without:.4f} is paid whatever is trained"
+            return f"; without reuse {without:.4f}"
         if with_reuse < without:
-            return (
-                f"; reuse='prefix' lowers what is paid whatever is trained from {without:.4f} down to {with_reuse:.4f}"
-            )
+            return f"; reuse='prefix' lowers that, down to {with_reuse:.4f} over many epochs"
         return ""
 
 

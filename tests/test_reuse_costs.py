@@ -144,7 +144,10 @@ def test_a_selection_with_reuse_is_the_best_of_all(epochs_left: int) -> None:
         limit = int(budget * profile.full_flops)
         fitting = [float(worth[subset].sum()) for subset, cost in zip(subsets, averages, strict=True) if cost <= limit]
         if max(fitting, default=0.0) == 0:
-            with pytest.raises(gtflops.InfeasibleBudgetError, match=r"without reuse, 0\.3763"):
+            with pytest.raises(
+                gtflops.InfeasibleBudgetError,
+                match=r"forward pass alone, .*; without reuse 0\.3763\)|leaves too little",
+            ):
                 gtflops.select(profile, importance, budget, reuse="prefix", epochs_left=epochs_left)
             continue
         best = gtflops.select(profile, importance, budget, reuse="prefix", epochs_left=epochs_left)
@@ -200,5 +203,8 @@ def test_wrong_reuse_is_named(arguments: dict[str, Any], message: str) -> None:
 
 def test_a_budget_below_the_forward_pass_says_what_reuse_would_do() -> None:
     profile = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)
-    with pytest.raises(gtflops.InfeasibleBudgetError, match=r"reuse='prefix' lowers .* from 0\.33\d\d down to 0\.1"):
+    with pytest.raises(
+        gtflops.InfeasibleBudgetError,
+        match=r"\(0\.33\d\d of a full step; reuse='prefix' lowers that, down to 0\.1\d\d\d over many",
+    ):
         gtflops.select(profile, dict.fromkeys(profile.names, 1.0), 0.25)
