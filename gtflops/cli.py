@@ -1358,11 +1358,11 @@ def _saved_selection(path: Path, costs: "Profile", importance: dict[str, float])
         raise InputError(
             f"{path} holds no selection of this profile ({reason}); expected what 'gtflops select --json' prints"
         ) from error
-    if (flops, full_flops) != (costs.step_flops(selection.mask).total, costs.full_flops):
+    here = costs.form("flops", selection.epochs_left).total(selection.mask)
+    if (flops, full_flops) != (here, costs.full_flops):
         raise InputError(
             f"{path} holds a selection of {flops:,} FLOP a step, of {full_flops:,} in full; with this profile it costs "
-            f"{costs.step_flops(selection.mask).total:,} of {costs.full_flops:,}; expected the profile that it was "
-            "made with"
+            f"{here:,} of {costs.full_flops:,}; expected the profile that it was made with"
         )
     worth = math.fsum(importance.get(name, 0.0) for name in selection.names)
     if not math.isclose(worth, value, rel_tol=1e-9):

@@ -14,8 +14,6 @@ from gtflops.forms import Form, Items, Solution, fill
 MAX_SUBPROBLEMS = 100
 #: Ways to weigh the two limits against each other before branching begins.
 MAX_WEIGHTS = 20
-#: Differences below this share of all positive worth are the rounding of sums.
-ROUNDING = 2.0**-48
 #: What all costs sum to, at most, where both limits are one: far finer than either, and within int64.
 _SCALE = 2**61
 
@@ -28,6 +26,11 @@ class _Subproblem:
     chosen: Items
     open: Items
     room: float
+
+
+def rounding_of(worth: npt.NDArray[np.float64]) -> float:
+    """Differences below this are the rounding of sums of such numbers, or are left to it by the solver."""
+    return max(2.0**-48, len(worth) * 2.0**-52) * math.fsum(worth)
 
 
 def solve_limited(
@@ -47,7 +50,7 @@ def solve_limited(
     item is chosen in one subproblem and left out in another, the one of the largest bound first, until nothing can be
     better or :data:`MAX_SUBPROBLEMS` were looked at; then the largest bound left is the answer's.
     """
-    tolerance = ROUNDING * math.fsum(worth[worth > 0])
+    tolerance = rounding_of(worth[worth > 0])
     best, value = np.zeros(len(worth), dtype=np.bool_), 0.0
     root = _Subproblem(form, best, worth > 0, max_elements)
     order = count()  # of equal bounds, the one met first

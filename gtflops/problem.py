@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from gtflops.element_limit import ROUNDING, solve_limited
+from gtflops.element_limit import rounding_of, solve_limited
 from gtflops.errors import InfeasibleBudgetError, InputError
 from gtflops.forms import CostName, Form, FormName, GraphForm, Solution, fill
 from gtflops.profiling import Profile, Reuse
@@ -128,7 +128,7 @@ class Problem:
         value = math.fsum(self.values[mask])
         if best.optimal:
             return Solution(mask, value, value, optimal=True)
-        rounding = ROUNDING * math.fsum(abs(self.values))
+        rounding = rounding_of(abs(self.values))
         bound = best.upper_bound + math.fsum(self.values[self.forced]) + rounding
         return Solution(mask, value, max(value, bound), optimal=False)
 
@@ -215,6 +215,8 @@ class Problem:
 
     def _other_floor(self) -> str:
         """What a step costs whatever is trained, with reuse in the limit of many epochs and without."""
+        if self.profile.graph.always:
+            return ""
         without = exact_form(self.profile, self.cost).base / self.full
         with_reuse = exact_form(self.profile, self.cost, _MANY_EPOCHS).base / self.full
         if self.epochs_left is not None:

@@ -277,14 +277,23 @@ class Profile(CopiedByFields):
         if epochs_left is None:
             return GraphForm.of(base, segments)
         prices = self.prices if cost == "flops" else self._times
-        saved: list[
-            tuple[int, int]
-        ] = []  # for each block the tensors that need it in every epoch, and what else it saves
+        self._require_reusable()
+        saved: list[tuple[int, int]] = []  # for each block, the tensors that need it in every epoch, and what it saves
         for block in self.blocks:
             if not block.depends_on >> len(self.names):
                 flops = int(prices[:, block.nodes].sum())
                 saved.append((block.depends_on, flops - -(-flops // epochs_left)))
-        return GraphForm.of(base - sum(flops for _, flops in saved), segments.with_forward(saved))
+        return GraphForm.of(
+            base - sum(flops for _, flops in saved), segments.with_forward([piece for piece in saved if piece[0]])
+        )
+
+    def _require_reusable(self) -> None:
+        if self.graph.always:
+            raise InputError(
+                f"this step of {self.graph.model} computes gradients of tensors that are no parameters, through all "
+                "blocks whatever is trained; expected none for reuse='prefix': "
+                "model.disable_input_require_grads() ends them"
+            )
 
     @cached_property
     def _times(self) -> npt.NDArray[np.int64]:
@@ -339,6 +348,7 @@ class Profile(CopiedByFields):
             return StepFlops(forward, int(backward), int(recompute))
         if reuse != "prefix":
             raise InputError(f"reuse is {reuse!r}, expected 'prefix' or None")
+        self._require_reusable()
         left_out = skipped(self.blocks, self._bits(mask) | 1 << len(self.names))
         stored = sum(int(self.prices[rows, block.nodes].sum()) for block in left_out)
         names = tuple(block.name for block in left_out)

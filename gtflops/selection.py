@@ -115,7 +115,7 @@ class Selection:
             upper_bound=data["upper_bound"],
             optimal=data["optimal"],
             budget_seconds=data["budget_seconds"],
-            epochs_left=data["epochs_left"],
+            epochs_left=data.get("epochs_left"),
         )
 
 

@@ -32,7 +32,7 @@ class KnapsackResult:
     cost: int
     """What the selection costs, re-summed from the arguments; never more than the capacity."""
     upper_bound: float
-    """No selection within the capacity is worth more; equal to ``value`` when ``optimal``."""
+    """No selection within the capacity is worth more, by what a sum of doubles can tell; ``value`` if ``optimal``."""
     optimal: bool
     """Whether it is proved to be the best; False where ``max_states`` or the limit on planning a graph was met."""
 
@@ -77,10 +77,10 @@ def knapsack(
 
     Costs are not quantised. Importances are compared as 62-bit fixed-point numbers; the search ends where no
     selection is worth more by a difference that summing n doubles can tell, n / 2^53 of the value: nothing at all
-    where importances are integers. O(n log n) to bound every depth; at the depths that the bounds leave open, O(n)
-    for a greedy selection, and exact dynamic programming over a growing core (D. Pisinger, "A minimal
-    algorithm for the 0-1 knapsack problem", Operations Research 45(5), 1997). The problem is that of
-    GreenTrainer (arXiv:2309.13192), section 3.
+    where importances are integers whose sum is below 2^53 / n. O(n log n) to bound every depth; at the depths that
+    the bounds leave open, O(n) for a greedy selection, and exact dynamic programming over a growing core (D.
+    Pisinger, "A minimal algorithm for the 0-1 knapsack problem", Operations Research 45(5), 1997). The problem is
+    that of GreenTrainer (arXiv:2309.13192), section 3.
     """
     arrays = _costs("dw", dw), _costs("dy", dy), _importances(importance)
     limits = _integer("capacity", capacity, least=0), _integer("max_states", max_states, least=1)

@@ -16,6 +16,7 @@ import transformers
 
 import gtflops
 from gtflops.blocks import block_of
+from gtflops.report.summary import summarise
 from gtflops.reuse import ActivationStore, Prefix
 from small_models import CONFIGS, VOCABULARY, padded_batch
 
@@ -183,6 +184,38 @@ def test_batch_statistics_and_random_numbers_are_never_constant() -> None:
 
     assert stored(torch.nn.Dropout(0.5)) == stored(torch.nn.BatchNorm1d(4).eval()) == ("0", "1")
     assert stored(torch.nn.BatchNorm1d(4)) == stored(Noisy()) == ()
+    spectral = torch.nn.utils.spectral_norm(torch.nn.Linear(4, 4))  # moves its buffers at each forward pass in training
+    assert stored(spectral) == ()
+
+
+@pytest.mark.parametrize("reuse", [{}, {"reuse": "prefix", "epochs_left": 3}])
+def test_a_block_that_no_tensor_can_change(reuse: dict[str, Any]) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 1))
+    profile = gtflops.profile(model, torch.ones(7, 2, 3), loss=lambda y, x: y.sum())
+    importance = dict.fromkeys(profile.names, 1.0)
+    assert gtflops.select(profile, importance, 0.9, **reuse).optimal
+    with pytest.raises(gtflops.InfeasibleBudgetError, match="below the forward pass alone"):
+        gtflops.select(profile, importance, 0.01, **reuse)
+
+
+def test_input_gradients_are_refused() -> None:
+    model, batch = MODELS["llama"]()
+    model.enable_input_require_grads()
+    profile = gtflops.profile(model.train(), batch)
+    with pytest.raises(gtflops.InputError, match=r"model\.disable_input_require_grads\(\) ends them"):
+        profile.step_flops(["lm_head.weight"], reuse="prefix")
+    with pytest.raises(gtflops.InfeasibleBudgetError, match=r"input gradients included .* of a full step\)"):
+        gtflops.select(profile, dict.fromkeys(profile.names, 1.0), 0.01)
+
+
+def test_a_report_of_a_selection_with_reuse_adds_up(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    profile = gtflops.profile(model, torch.rand(3, 4), loss=lambda y, x: y.sum())
+    selection = gtflops.select(profile, dict.fromkeys(profile.names, 1.0), 0.3, reuse="prefix", epochs_left=5)
+    found = summarise(profile, selection).selection
+    assert found is not None
+    assert found.forward_flops + found.dy_flops + found.dw_flops == selection.flops
+    assert found.dy_flops == 0
 
 
 @pytest.mark.parametrize(

@@ -552,7 +552,8 @@ def _tensors(profile: Profile, selection: Selection | None) -> tuple[TensorRow, 
 def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
     chosen = [tensor for tensor, selected in zip(profile.tensors, selection.mask, strict=True) if selected]
     dw = sum(tensor.dw_flops for tensor in chosen)
-    forward = profile.step_flops(selection.mask).forward
+    step = profile.step_flops(selection.mask)
+    backward = step.backward + step.recompute
     return SelectionSummary(
         tensors=len(chosen),
         all_tensors=len(profile.tensors),
@@ -562,8 +563,8 @@ def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
         budget_flops=selection.budget_flops,
         budget_seconds=selection.budget_seconds,
         full_flops=profile.full_flops,
-        forward_flops=forward,
-        dy_flops=selection.flops - forward - dw,
+        forward_flops=selection.flops - backward,  # with reuse, on average
+        dy_flops=backward - dw,
         dw_flops=dw,
         flops=selection.flops,
         seconds=selection.seconds,
