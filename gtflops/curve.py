@@ -134,7 +134,7 @@ def frontier(
     masks = np.array([solution.mask for solution in solutions], dtype=np.bool_)
     arrays = (
         np.array(limits, dtype=np.int64),
-        np.array([profile.form("flops", problem.epochs_left).total(mask) for mask in masks], dtype=np.int64),
+        profile.form("flops", problem.epochs_left).totals(masks),
         np.array([solution.value for solution in solutions]),
         np.array([solution.upper_bound for solution in solutions]),
         np.array([solution.optimal for solution in solutions], dtype=np.bool_),

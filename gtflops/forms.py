@@ -140,8 +140,12 @@ class GraphForm(CopiedByFields):
     def total(self, items: Items) -> int:
         return self.base + int(self._closure.cost(items)[0])
 
+    def totals(self, many: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """What steps cost, int64 [selections], for many selections at once: bool [selections, items]."""
+        return self.base + self._closure.costs(many)[:, 0]
+
     def alone(self) -> npt.NDArray[np.int64]:
-        return self.base + self._closure.costs(np.eye(len(self.item_segments), dtype=np.bool_))[:, 0]
+        return self.totals(np.eye(len(self.item_segments), dtype=np.bool_))
 
     def solve(self, worth: npt.NDArray[np.float64], limit: int) -> KnapsackResult:
         best = self._knapsack.solve(worth, limit - self.base)

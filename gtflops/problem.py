@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
+from gtflops.blocks import block_of
 from gtflops.element_limit import rounding_of, solve_limited
 from gtflops.errors import InfeasibleBudgetError, InputError
 from gtflops.forms import CostName, Form, FormName, GraphForm, Solution, fill
@@ -357,12 +358,13 @@ def layers_of(names: Sequence[str]) -> list[str]:
     ['vit.layer.0', 'vit.embeddings', 'vit', 'head']
     """
     paths = [name.split(".")[:-1] for name in names]
-    blocks = [next((path[: end + 1] for end, part in enumerate(path) if part.isdigit()), None) for path in paths]
-    around_blocks = {tuple(block[:end]) for block in blocks if block is not None for end in range(len(block))}
+    blocks = [block_of(".".join(path)) for path in paths]
+    parts_of_blocks = [block.split(".") for block in blocks if block is not None]
+    around_blocks = {tuple(parts[:end]) for parts in parts_of_blocks for end in range(len(parts))}
     layers = []
     for path, block in zip(paths, blocks, strict=True):
         without_block = (path[:end] for end in range(1, len(path) + 1) if tuple(path[:end]) not in around_blocks)
-        layers.append(".".join(next(without_block, path) if block is None else block))
+        layers.append(".".join(next(without_block, path)) if block is None else block)
     return layers
 
 

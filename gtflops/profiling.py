@@ -326,7 +326,7 @@ class Profile(CopiedByFields):
 
         ``reuse="prefix"`` is the step of a later epoch, where blocks that no trained tensor stands below are not run:
         what they give for an example was stored in the first epoch. Dropout is off in them then; where it was on in
-        the trace, ``stored`` has its few FLOPs all the same.
+        the trace, ``stored`` has its few FLOPs all the same. Time is linear in the nodes of the graph: milliseconds.
 
         >>> import gtflops
         >>> profile = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)

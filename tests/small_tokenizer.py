@@ -1,9 +1,13 @@
 """A tokenizer with a token a word, for models with the vocabulary of ``small_models``."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from small_models import build
 
 WORDS = (
     "a model learns what it costs and brings to be trained TL ; DR : question answer goal sol1 sol2 label 0 1 "
@@ -23,3 +27,11 @@ def word_tokenizer(*, begins: bool = False) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
+
+
+def save_llama(folder: Path) -> Path:
+    """A small Llama, weights and tokenizer, as save_pretrained writes them; the folder."""
+    torch.manual_seed(0)
+    build("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder

@@ -21,8 +21,7 @@ import gtflops.operators
 import gtflops.training
 from branching_models import with_times
 from gtflops.report import SUFFIXES, schema
-from small_models import build
-from small_tokenizer import word_tokenizer
+from small_tokenizer import save_llama
 
 
 def run(*arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -74,11 +73,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small Llama, weights and a word tokenizer, as save_pretrained writes it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    build("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

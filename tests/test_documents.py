@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 
 import gtflops
 from small_models import build, padded_batch
-from small_tokenizer import word_tokenizer
+from small_tokenizer import save_llama
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -100,11 +100,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with weights and a word tokenizer, in a folder."""
-    folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    build("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("small"))
 
 
 # --- the tests ----------------------------------------------------------------------------------------------------

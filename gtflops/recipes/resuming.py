@@ -9,6 +9,7 @@ import torch
 
 from gtflops.errors import InputError, SavedFileError
 from gtflops.files import write_whole
+from gtflops.reuse.digests import bytes_of, header_of
 
 _FILE = "begun-with.json"
 
@@ -54,8 +55,8 @@ def digest_of_weights(model: torch.nn.Module) -> str:
     """Of names, shapes and every bit; it does not depend on where the model lies, on disk or on a device."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(header_of(name, tensor))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()[:12]
 
 
