@@ -40,6 +40,8 @@ class Problem:
     importance: Mapping[str, float]
     cost: CostName
     epochs_left: int | None
+    held: tuple[str, ...]
+    among: tuple[str, ...] | None
     form_name: FormName
     granularity: Granularity
     max_elements: int | None
@@ -63,19 +65,22 @@ class Problem:
         cost: CostName = "flops",
         reuse: Reuse | None = None,
         epochs_left: int | None = None,
+        held: tuple[str, ...] = (),
+        among: tuple[str, ...] | None = None,
         allow_unsupported: bool = False,
     ) -> "Problem":
-        """Arguments and errors are those of :func:`gtflops.select`."""
+        """Arguments and errors are those of :func:`gtflops.select`; ``held`` and ``among`` are those of
+        :meth:`gtflops.Profile.form`, and nothing that ``held`` blocks depend on is trained."""
         if not allow_unsupported:
             profile.require_prices()
         _require_one_of("form", form, FormName)
         _require_one_of("granularity", granularity, Granularity)
         max_elements = None if max_elements is None else _positive_integer("max_elements", max_elements)
         epochs_left = _epochs_left(reuse, epochs_left)
-        whole = exact_form(profile, cost, epochs_left)
+        whole = exact_form(profile, cost, epochs_left, held, among)
         values = _values(profile, importance)
         forced = matching(profile.names, "must_train", must_train)
-        frozen = matching(profile.names, "must_freeze", must_freeze)
+        frozen = matching(profile.names, "must_freeze", must_freeze) | profile.below(held)
         if (both := np.flatnonzero(forced & frozen)).size:
             raise InputError(
                 f"{len(both)} tensors match must_train and must_freeze, first {profile.names[both[0]]!r}; expected "
@@ -95,6 +100,8 @@ class Problem:
             dict(importance),
             cost,
             epochs_left,
+            held,
+            among,
             form,
             granularity,
             max_elements,
@@ -136,7 +143,7 @@ class Problem:
     @property
     def exact(self) -> GraphForm:
         """All tensors, at their exact cost."""
-        return exact_form(self.profile, self.cost, self.epochs_left)
+        return exact_form(self.profile, self.cost, self.epochs_left, self.held, self.among)
 
     @cached_property
     def smallest(self) -> int:
@@ -227,10 +234,16 @@ class Problem:
         return ""
 
 
-def exact_form(profile: Profile, cost: CostName, epochs_left: int | None = None) -> GraphForm:
+def exact_form(
+    profile: Profile,
+    cost: CostName,
+    epochs_left: int | None = None,
+    held: tuple[str, ...] = (),
+    among: tuple[str, ...] | None = None,
+) -> GraphForm:
     """The problem over all tensors of a profile, at its exact cost. InputError without such a cost."""
     _require_one_of("cost", cost, CostName)
-    return profile.form(cost, epochs_left)
+    return profile.form(cost, epochs_left, held, among)
 
 
 def full_cost(profile: Profile, cost: CostName) -> int:

@@ -251,19 +251,29 @@ class Profile(CopiedByFields):
     def _closure(self) -> _core.ClosureCosts:
         return self._segments.closure_costs()
 
-    def form(self, cost: CostName, epochs_left: int | None = None) -> GraphForm:
+    def form(
+        self,
+        cost: CostName,
+        epochs_left: int | None = None,
+        held: tuple[str, ...] = (),
+        among: tuple[str, ...] | None = None,
+    ) -> GraphForm:
         """The problem of choosing tensors within a limit of FLOPs or nanoseconds, as the solver takes it.
 
         With ``epochs_left``, each example's activations below the trained tensors are stored in the first of so many
-        epochs and read in the others, and costs are those of a step on average, rounded up by less than 1 a block.
-        InputError where times are asked for that were not measured.
+        epochs and read in the others, and costs are those of a step on average, rounded up by less than 1 a block;
+        ``among`` are the blocks that this may be done with, where it is not all of them.
+        ``held`` are blocks whose activations are stored already: they are not run, and costs hold where nothing
+        that :meth:`below` says is trained. InputError where times are asked for that were not measured.
         """
-        key = cost, epochs_left
+        key = cost, epochs_left, held, among
         if key not in self._forms:
-            self._forms[key] = self._form(cost, epochs_left)
+            self._forms[key] = self._form(*key)
         return self._forms[key]
 
-    def _form(self, cost: CostName, epochs_left: int | None) -> GraphForm:
+    def _form(
+        self, cost: CostName, epochs_left: int | None, held: tuple[str, ...], among: tuple[str, ...] | None
+    ) -> GraphForm:
         if cost == "flops":
             segments, forward = self._segments, int(self._forward.sum())
         elif self.nanoseconds is not None:
@@ -274,12 +284,13 @@ class Profile(CopiedByFields):
                 f"this profile of {self.graph.model} has no times: gtflops.measure_time(profile, device) measures them"
             )
         base = forward + int(segments.always.sum())
-        if epochs_left is None:
-            return GraphForm.of(base, segments)
         prices = self.prices if cost == "flops" else self._times
+        if epochs_left is None:
+            stored = sum(int(prices[:, block.nodes].sum()) for block in self._blocks_named(held))
+            return GraphForm.of(base - stored, segments)
         self._require_reusable()
         saved: list[tuple[int, int]] = []  # for each block, the tensors that need it in every epoch, and what it saves
-        for block in self.blocks:
+        for block in self.blocks if among is None else self._blocks_named(among):
             if not block.depends_on >> len(self.names):
                 flops = int(prices[:, block.nodes].sum())
                 saved.append((block.depends_on, flops - -(-flops // epochs_left)))
@@ -302,8 +313,38 @@ class Profile(CopiedByFields):
         return np.stack([self.nanoseconds, np.zeros_like(self.nanoseconds)])
 
     @cached_property
-    def _forms(self) -> dict[tuple[CostName, int | None], GraphForm]:
+    def _forms(self) -> dict[tuple[Any, ...], GraphForm]:
         return {}
+
+    def stored_flops(self, blocks: Iterable[str]) -> int:
+        """FLOPs of the forward pass of these blocks: what a step saves that reads what they compute from a store.
+
+        InputError for what is no block of the model.
+        """
+        return sum(int(self.prices[:, block.nodes].sum()) for block in self._blocks_named(blocks))
+
+    def cache_bytes(self, blocks: Iterable[str]) -> int:
+        """Bytes of what the rest of the forward pass takes from these blocks, for the batch of this profile.
+
+        InputError for what is no block of the model.
+        """
+        return boundary_bytes(self.graph, self._blocks_named(blocks))
+
+    def below(self, blocks: Iterable[str]) -> npt.NDArray[np.bool_]:
+        """Which tensors these blocks depend on: bool [tensors]. InputError for what is no block of the model."""
+        union = 0
+        for block in self._blocks_named(blocks):
+            union |= block.depends_on
+        return np.array([bool(union >> position & 1) for position in range(len(self.names))], dtype=np.bool_)
+
+    def _blocks_named(self, names: Iterable[str]) -> list[Block]:
+        wanted = list(names)
+        if not wanted:
+            return []
+        known = {block.name: block for block in self.blocks}
+        if unknown := [name for name in wanted if name not in known]:
+            raise InputError(f"{self.graph.model} has no block {unknown[0]!r}; expected some of {', '.join(known)}")
+        return [known[name] for name in wanted]
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -742,6 +783,10 @@ class _Unbuilt(Profile):
     @cached_property
     def prices(self) -> npt.NDArray[np.int64]:
         return self._tariff.prices_at(self._step.point)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        return _priced(self._step.family)[0].blocks
 
 
 def _priced(family: Family) -> tuple[Profile, Tariff | None]:

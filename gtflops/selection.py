@@ -205,7 +205,7 @@ def selection_of(problem: Problem, limit: int, solution: Solution) -> Selection:
         importance=problem.importance,
         mask=solution.mask,
         budget_flops=limit if problem.cost == "flops" else None,
-        flops=problem.profile.form("flops", problem.epochs_left).total(solution.mask),
+        flops=problem.profile.form("flops", problem.epochs_left, problem.held, problem.among).total(solution.mask),
         value=solution.value,
         upper_bound=solution.upper_bound,
         optimal=solution.optimal,

@@ -1,6 +1,7 @@
 """A small run with everything that a resume has to bring back; a process of its own, so that it can be killed.
 
 ``python resumable_run.py FOLDER [--resume] [--slow SECONDS]`` prints a line a step, and a digest of all at its end.
+``--store FOLDER`` runs it from the activations of a frozen prefix that are stored there.
 With ``--kills N`` it is run N times in forked processes, each killed at a random moment after its first step,
 before it is run to its end.
 """
@@ -51,18 +52,22 @@ def loader() -> DataLoader[dict[str, torch.Tensor]]:
     return DataLoader(rows, batch_size=3, shuffle=True)
 
 
-def trainer() -> gtflops.GreenTrainer:
+def trainer(store: Path | None = None) -> gtflops.GreenTrainer:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
     model = Noisy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, amsgrad=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=STEPS + 1)
-    return gtflops.GreenTrainer(model, optimizer, next(iter(loader())), 0.6, 5, scheduler=scheduler)
+    reuse: Any = {} if store is None else {"reuse": "prefix", "store": store}
+    return gtflops.GreenTrainer(model, optimizer, next(iter(loader())), 0.6, 5, scheduler=scheduler, **reuse)
 
 
 def digest(trainer: gtflops.GreenTrainer) -> str:
-    """Of weights, optimizer, what is frozen and the log without its times: equal for runs that are equal to the bit."""
+    """Of weights, optimizer, what is frozen and the log without its times: equal for runs that are equal to the bit.
+
+    A killed run has stored activations that it computes no more when it goes on, so that its steps cost less.
+    """
     whole = hashlib.sha256()
     for name, tensor in trainer.model.state_dict().items():
         whole.update(name.encode() + tensor.numpy().tobytes())
@@ -73,6 +78,10 @@ def digest(trainer: gtflops.GreenTrainer) -> str:
     log = trainer.log.to_json()
     for record in (*log["steps"], *log["selections"]):
         del record["seconds"]
+    if any(record["held"] for record in log["selections"]):
+        for record in log["steps"]:
+            del record["planned_flops"], record["reused"]
+        del log["measuring_flops"]
     whole.update(json.dumps(log).encode())
     return whole.hexdigest()
 
@@ -83,13 +92,15 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--store", type=Path)
     arguments = parser.parse_args()
     draw = random.Random(7)
     for _ in range(arguments.kills):
         heard, stepped = os.pipe()
         child = os.fork()
         if child == 0:
-            run(arguments.folder, 0.01, resume=any(arguments.folder.glob("step-*")), stepped=stepped)
+            resume = any(arguments.folder.glob("step-*"))
+            run(arguments.folder, 0.01, arguments.store, resume=resume, stepped=stepped)
             os._exit(0)
         os.close(stepped)
         os.read(heard, 1)
@@ -98,12 +109,13 @@ def main() -> None:
         _, status = os.waitpid(child, 0)
         os.close(heard)
         print("killed" if os.WIFSIGNALED(status) else "ended", flush=True)
-    run(arguments.folder, arguments.slow, resume=arguments.resume or any(arguments.folder.glob("step-*")))
+    resume = arguments.resume or any(arguments.folder.glob("step-*"))
+    run(arguments.folder, arguments.slow, arguments.store, resume=resume)
 
 
-def run(folder: Path, slow: float, *, resume: bool, stepped: int | None = None) -> None:
+def run(folder: Path, slow: float, store: Path | None, *, resume: bool, stepped: int | None = None) -> None:
     """``stepped`` is a pipe to write to after each step."""
-    made = trainer()
+    made = trainer(store)
 
     def say(record: StepRecord) -> None:
         print("step", record.step, flush=True)

@@ -5,8 +5,9 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -20,6 +21,8 @@ from gtflops.capture.unchanged import attributes_unchanged
 from gtflops.errors import BudgetSpentError, InputError
 from gtflops.importance import measure_importance
 from gtflops.problem import Granularity, Patterns
+from gtflops.profiling import Reuse
+from gtflops.reuse import ActivationStore
 from gtflops.training import EnergyMeter, GreenTrainer, TrainingLog
 from gtflops.training.budgets import BudgetLike
 from gtflops.training.loop import Choose, Every, check_every, clipping_scale
@@ -66,6 +69,9 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         must_train: as of :func:`gtflops.select`.
         must_freeze: as of :func:`gtflops.select`; may also name tensors that were frozen before the Trainer was built.
         max_elements: as of :func:`gtflops.select`.
+        reuse: ``"prefix"`` as of :class:`gtflops.GreenTrainer`: what the blocks below the trained tensors compute for
+            an example is stored in the first epoch, and read in the others.
+        store: with ``reuse``, a folder, or a :class:`gtflops.reuse.ActivationStore`.
         allow_unsupported: as of :func:`gtflops.select`.
 
     Errors about the set-up are raised by ``trainer.train()``, before the first step.
@@ -82,6 +88,8 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         must_train: Patterns = (),
         must_freeze: Patterns = (),
         max_elements: int | None = None,
+        reuse: Reuse | None = None,
+        store: ActivationStore | str | Path | None = None,
         energy: EnergyMeter | None = None,
         allow_unsupported: bool = False,
     ) -> None:
@@ -96,6 +104,8 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
             "must_train": must_train if isinstance(must_train, str) else list(must_train),
             "must_freeze": must_freeze if isinstance(must_freeze, str) else list(must_freeze),
             "max_elements": max_elements,
+            "reuse": reuse,
+            "store": store,
             "allow_unsupported": allow_unsupported,
         }
         self._run: _Run | None = None
@@ -115,6 +125,7 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         settings = {name: value if isinstance(value, plain) else repr(value) for name, value in self._settings.items()}
         if self._settings["measure"] is measure_importance:
             del settings["measure"]
+        del settings["store"]  # a folder may have moved
         return {"args": settings, "attributes": {"progress": self.progress if green is None else green.state_dict()}}
 
     # --- the Trainer's events -------------------------------------------------------------------------------------
@@ -268,6 +279,7 @@ class _Run:
         )
         green.checks = True
         green.num_epochs = math.ceil(self._trainer.state.num_train_epochs)
+        green.whole_epochs = _whole_epochs(self._trainer)
         green.budget.check(green.num_steps, green.num_epochs)
         if self._energy is not None:
             self._energy.continue_from(None)
@@ -304,7 +316,9 @@ class _Run:
         self._trainer.current_flos += self._floating_point_ops(None)  # what was measured for the step
 
     def _training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = self._train(*args, **kwargs)
+        assert self.green is not None
+        with _modes_kept(self._trainer.model), self.green.forward_pass():
+            loss: torch.Tensor = self._train(*args, **kwargs)
         self._losses.append(loss)
         return loss
 
@@ -380,6 +394,11 @@ class _TrainerStep(torch.nn.Module):
         step: _TrainerStep = type(type(trainer.model).__name__, (cls,), {})(trainer)
         return step
 
+    def get_encoder(self) -> torch.nn.Module:
+        """As transformers' encoder-decoders have it."""
+        encoder: torch.nn.Module = self._model.get_encoder()
+        return encoder
+
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Module]]:
         yield from self._model.named_modules(*args, **kwargs)
 
@@ -392,6 +411,7 @@ class _TrainerStep(torch.nn.Module):
                 [trainer], with_tensors=lambda name: False, except_in=("train_dataset", "eval_dataset")
             ),
             self._questions,
+            _modes_kept(self._model),
             ExitStack() as undo,
         ):
             _stand_in(undo, trainer.accelerator, "backward", lambda loss, **kwargs: losses.append(loss))
@@ -457,6 +477,14 @@ def _stand_in(undo: ExitStack, owner: Any, name: str, method: Callable[..., Any]
     return original
 
 
+@contextmanager
+def _modes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """The Trainer says ``model.train()`` in each training step, where a frozen prefix is in evaluation mode by then."""
+    with ExitStack() as undo:
+        _stand_in(undo, model, "train", lambda mode=True: model)
+        yield
+
+
 # --- the set-up -------------------------------------------------------------------------------------------------
 
 
@@ -469,6 +497,14 @@ def _trainer_of(state: TrainerState) -> Training:
             return owner
         frame = frame.f_back
     raise InputError("GreenTrainerCallback was called by no transformers.Trainer; in a loop of your own: GreenTrainer")
+
+
+def _whole_epochs(trainer: Training) -> int:
+    """Passes over the data that the Trainer makes to their end."""
+    if trainer.args.max_steps <= 0:
+        return int(trainer.args.num_train_epochs)
+    epochs: int = trainer.state.num_train_epochs
+    return epochs - 1  # the last one may be cut short
 
 
 def _progress_of(state: TrainerState, name: str) -> Mapping[str, Any]:

@@ -105,6 +105,12 @@ class Prefix:
     def for_batch(self, batch: Any) -> Iterator[bool]:
         """For one forward pass on ``batch``: its arguments by name, in order, or the only one; True where the skipped
         blocks will not run."""
+        with self.plan(batch).run() as reused:
+            yield reused
+
+    def plan(self, batch: Any) -> "PlannedPass":
+        """The forward pass to come on ``batch``, as of :meth:`for_batch`. What is stored is read here, so that whether
+        the blocks will run is certain before they do."""
         require_not_compiled(self._callers)
         inputs, labels = self._inputs_of(batch)
         examples = examples_of(inputs, labels, batch_first=self.batch_first)
@@ -116,19 +122,60 @@ class Prefix:
         if front is not None:
             self._require_constant(front, by_batch)
             stored = self._read(front, examples)
-        if stored is not None:
-            assert front is not None
-            with _Reusing(self, examples, front, stored) as reusing:
-                yield True
-                reusing.require_passed()
-            self._num_read += len(examples)
-            return
-        with _Computing(self, examples, front, by_batch) as computing:
-            yield False
-            computing.require_passed()
-        front = self._fronts[kind] = computing.front
-        self._write(front, examples, computing.activations)
-        self._num_computed += len(examples)
+        return PlannedPass(self, kind, examples, by_batch, stored)
+
+    @contextmanager
+    def modes_of_passes(self) -> Iterator[None]:
+        """Forward passes inside run everything as those of :meth:`for_batch` do: in evaluation mode until the boundary
+        is passed, the blocks without gradients. For tracing what they cost; each is to begin in the modes that are set
+        here."""
+        training = [module for module in self._all_modules if module.training]
+        boundaries = {stretch.boundary for stretch in self.stretches}
+        ended: set[str] = set()
+
+        def without_gradients(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def forward_and_on(*args: Any, **kwargs: Any) -> Any:
+                with torch.no_grad():
+                    output = forward(*args, **kwargs)
+                if name in boundaries:
+                    ended.add(name)
+                if ended == boundaries:
+                    ended.clear()
+                    set_training(True)
+                return output
+
+            return forward_and_on
+
+        def set_training(mode: bool) -> None:
+            for module in training:
+                vars(module)["training"] = mode
+
+        with ExitStack() as exits:
+            exits.callback(set_training, True)
+            set_training(False)
+            for stretch in self.stretches:
+                for name, block in zip(stretch.names, stretch.modules, strict=True):
+                    exits.enter_context(replaced(block, without_gradients(name, block.forward)))
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the first batch has shown, as plain data: a prefix of the same model that is given it has no first
+        batch to compute."""
+        return {
+            "fronts": [
+                [sorted(names), _name(autocast), list(front.tensors), list(front.modules), _name(front.autocast)]
+                for (names, autocast), front in self._fronts.items()
+            ],
+            "outputs": {name: [output.num_items, output.has_position_bias] for name, output in self._outputs.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a state of :meth:`state_dict`."""
+        self._fronts = {
+            (frozenset(names), _dtype(outer)): Front(tuple(tensors), tuple(modules), _dtype(inner))
+            for names, outer, tensors, modules, inner in state["fronts"]
+        }
+        self._outputs = {name: Output(*items) for name, items in state["outputs"].items()}
 
     def remove_others(self) -> None:
         """Remove from the store what this object neither read nor wrote: that of other boundaries, weights and models.
@@ -209,13 +256,9 @@ class Prefix:
         keys = [Key(prefix, example.identity) for example in examples]
         if not all(key in self.store for key in keys):
             return None
-        stored = []
-        for key in keys:
-            activations = self.store.read(key)
-            if activations is None:
-                return None
-            stored.append(activations)
-        return stored
+        # All of them, so that each that cannot be used is found, and written anew.
+        stored = [activations for key in keys if (activations := self.store.read(key)) is not None]
+        return stored if len(stored) == len(keys) else None
 
     def _write(
         self, front: Front, examples: Sequence[Example], activations: Sequence[Mapping[str, torch.Tensor]]
@@ -225,6 +268,41 @@ class Prefix:
             key = Key(prefix, example.identity)
             if key not in self.store:
                 self.store.write(key, its)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedPass:
+    """One forward pass on one batch, of which it is known whether the blocks will run."""
+
+    _prefix: Prefix
+    _kind: tuple[frozenset[str], torch.dtype | None]
+    _examples: Sequence[Example]
+    _by_batch: Sequence[str]
+    _stored: Sequence[Mapping[str, torch.Tensor]] | None
+
+    @property
+    def reused(self) -> bool:
+        """Whether the blocks will not run."""
+        return self._stored is not None
+
+    @contextmanager
+    def run(self) -> Iterator[bool]:
+        """Around the forward pass; :attr:`reused`."""
+        prefix, examples = self._prefix, self._examples
+        front = prefix._fronts.get(self._kind)
+        if self._stored is not None:
+            assert front is not None
+            with _Reusing(prefix, examples, front, self._stored) as reusing:
+                yield True
+                reusing.require_passed()
+            prefix._num_read += len(examples)
+            return
+        with _Computing(prefix, examples, front, self._by_batch) as computing:
+            yield False
+            computing.require_passed()
+        front = prefix._fronts[self._kind] = computing.front
+        prefix._write(front, examples, computing.activations)
+        prefix._num_computed += len(examples)
 
 
 class _Pass(ABC):
@@ -424,6 +502,14 @@ def _autocast(device: torch.device) -> torch.dtype | None:
     """The dtype that operators are cast to, or None where they are not."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
 def _collects_outputs() -> bool:

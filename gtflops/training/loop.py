@@ -20,13 +20,14 @@ import torch
 
 from gtflops.capture import ExecutedFlops, Loss, call_model, loss_of
 from gtflops.capture.batches import describe_batch
-from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError, ProcessesError
+from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError
 from gtflops.importance import ImportanceCheck, expected_drop, measure_importance
 from gtflops.importance.learning_rates import rates_of
 from gtflops.importance.measuring import require_held, restored, unwrapped
 from gtflops.importance.updates import local
 from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
-from gtflops.profiling import Profile, profile
+from gtflops.profiling import Profile, Reuse, profile
+from gtflops.reuse import ActivationStore
 from gtflops.selection import Selection, selection_of
 from gtflops.training import checkpoints
 from gtflops.training.budgets import BudgetLike, ByEpoch, Progress, budget_of, share_of
@@ -35,6 +36,7 @@ from gtflops.training.energy import Energy, EnergyMeter
 from gtflops.training.pricing import Prices
 from gtflops.training.processes import Processes
 from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
+from gtflops.training.reusing import BatchCosts, reusing_of
 from gtflops.training.watching import Watcher
 
 #: When to select anew: every so many optimizer steps, at the start of each epoch, or where a function of the number of
@@ -102,6 +104,12 @@ class GreenTrainer:
         must_train: as of :func:`gtflops.select`.
         must_freeze: as of :func:`gtflops.select`.
         max_elements: as of :func:`gtflops.select`.
+        reuse: ``"prefix"`` to store, in the first epoch, what the blocks below the trained tensors compute for each
+            example, and not to run them in the others: budgets below the forward pass can hold. The budget is then for
+            a step on average over the epochs. These blocks run without dropout. A loop of your own says
+            ``with trainer.forward_pass():`` around the forward pass of each batch.
+        store: with ``reuse``, a folder, or a :class:`gtflops.reuse.ActivationStore`.
+        num_epochs: with ``reuse``, the passes over the data that the run makes; :meth:`fit` knows it.
         num_steps: optimizer steps of the run, for budgets that are spread over them; :meth:`fit` knows it for batches
             that have a length.
         energy: a :class:`gtflops.training.EnergyMeter`, on during :meth:`fit`.
@@ -149,7 +157,10 @@ class GreenTrainer:
         must_train: Patterns = (),
         must_freeze: Patterns = (),
         max_elements: int | None = None,
+        reuse: Reuse | None = None,
+        store: ActivationStore | str | Path | None = None,
         num_steps: int | None = None,
+        num_epochs: int | None = None,
         energy: EnergyMeter | None = None,
         processes: Processes | None = None,
         max_grad_norm: float | None = None,
@@ -167,7 +178,7 @@ class GreenTrainer:
         self.choose = choose
         self.measure = measure
         self.num_steps = num_steps
-        self.num_epochs: int | None = None
+        self.num_epochs = self.whole_epochs = num_epochs
         self.energy = energy
         self.max_grad_norm = max_grad_norm
         self.count_executed = count_executed
@@ -188,6 +199,7 @@ class GreenTrainer:
             self.profile = profile(model, profile_or_batch, loss)
             self._prices.add(self.profile, profile_or_batch)
         self.profile.require_fit(model)
+        self._reusing = reusing_of(self.profile, model, self._prices, loss, reuse, store)
         if not allow_unsupported:
             self.profile.require_prices()
         self.candidates = frozenset(name for name, tensor in model.named_parameters() if tensor.requires_grad)
@@ -212,9 +224,14 @@ class GreenTrainer:
         self._starts_epoch = False
         self._to_check = False
         self._batches: tuple[Any, ...] = ()
+        self._coming: tuple[Any, ...] = ()
+        """The batches of the step that a selection is made before."""
+        self._passes: deque[BatchCosts] = deque()
+        """The forward passes of the step that are still to come."""
         self._draws: Mapping[str, Any] = {}
         self._predicted: float | None = None
-        self._allowed, self._spent = self._before_step = 0, 0
+        self._allowed, self._spent = 0, 0
+        self._before_step = self._account()
         self._seconds_before = 0.0
         self._started: float | None = None
 
@@ -238,13 +255,21 @@ class GreenTrainer:
             self._require_untouched()
             if not self._is_stepped:
                 self._require_no_gradients()
-            self._starts_epoch, self.epoch = self._starts_epoch or epoch != self.epoch, epoch
+            self._require_passed()
+            self._starts_epoch = self._starts_epoch or epoch != self.epoch or self._chosen is None
+            self.epoch = epoch
+            if self._reusing is not None:
+                self._require_length()
+                if self._starts_epoch:
+                    self._reusing.begin_epoch()
             if self._chosen is None or self._is_due(len(self.log.steps), self._starts_epoch):
+                self._coming = batches
                 self.select(*(batches if measure_on is None else measure_on))
             self._to_check = self._to_check and self.checks
-            costs = [self._prices.of(batch) for batch in batches]
+            costs = [self._costs_of(batch) for batch in batches]
             full = self._total(costs, "all")
-            allowed, names, planned = self._within_budget(costs, full)
+            allowed, owed, names, charged = self._within_budget(costs, full)
+            planned = charged - self._sum(cost.saved for cost in costs)
             checking = self._sum(cost.forward_flops for cost in costs) if self._to_check else 0
             self._require_left(self._progress(full), planned + checking)
             self._train_only(names)
@@ -254,19 +279,31 @@ class GreenTrainer:
                 planned_flops=planned,
                 full_flops=full,
                 learning_rate=rates_of(self.optimizer)[0],
+                reused=self._reusing is not None
+                and self.processes.all("what is reused", all(cost.reused for cost in costs)),
             )
         self._starts_epoch = False  # until here, so that a selection that failed is made up for
         self._predicted = None
         if self._to_check:
             self._batches, self._draws = batches, checkpoints.random_states()
-        self._before_step = self._allowed, self._spent
-        self._allowed, self._spent = allowed, self._spent + planned
+        self._before_step = self._account()
+        self._allowed, self._spent = allowed, self._spent + charged
+        if self._reusing is not None:
+            self._reusing.owed, self._reusing.owed_ahead = owed
+            self._passes = deque(costs)
         self.log.steps.append(record)
         self._is_stepped = False
         return record
 
     def _note_step(self) -> None:
         self._is_stepped = True
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Around the forward pass of each batch of a step, in the order in which :meth:`step_boundary` was given them,
+        in a loop of your own with ``reuse``: blocks whose activations are stored are not run in it."""
+        with self._passes.popleft().around_forward() if self._passes else nullcontext():
+            yield
 
     def expect_drop(self, *, scale: float = 1.0) -> None:
         """Call it between the backward passes and the optimizer's step, if the loop checks the estimate.
@@ -294,13 +331,15 @@ class GreenTrainer:
 
     def _loss_again(self) -> float:
         """The loss on the batches of a step after it, with the random numbers of the step. Changes nothing."""
-        self.log.measuring_flops += self._sum(self._prices.of(batch).forward_flops for batch in self._batches)
+        costs = [self._costs_of(batch) for batch in self._batches]
+        self.log.measuring_flops += self._sum(cost.forward_flops for cost in costs)
+        losses = []
         with restored(self.model, {}), torch.no_grad(), self.processes.passing():
             checkpoints.restore_random_states(self._draws)
-            losses = [
-                loss_of(call_model(self.model, batch), batch, self.loss, trained=False).item()
-                for batch in self._batches
-            ]
+            for batch, cost in zip(self._batches, costs, strict=True):
+                with cost.around_forward():
+                    outputs = call_model(self.model, batch)
+                losses.append(loss_of(outputs, batch, self.loss, trained=False).item())
         return self.processes.mean("the loss after the step", sum(losses) / len(losses))
 
     def select(self, *batches: Any) -> SelectionRecord:
@@ -312,17 +351,25 @@ class GreenTrainer:
         self._require_no_gradients()
         started = time.perf_counter()
         costs = self._prices.of(self.processes.first_batch(batches[0]))
-        full = self._total([costs], "all")
+        coming = [self._prices.of(batch) for batch in self._coming or batches[:1]]
+        self._coming = ()
+        full = self._total([BatchCosts(profile, profile) for profile in coming], "all")
         progress = self._progress(full)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
-        selection = None
+        selection = reason = None
+        held = () if self._reusing is None else self._reusing.held
         if self.choose is not None:
             chosen = self._require_trainable(costs, self.choose(costs, len(self.log.steps)))
         else:
             if share is not None:
-                selection, share = self._by_importance(batches, costs, full)
+                selection, share, problem, reason = self._by_importance(batches, costs, full)
+                held = problem.held
             chosen = self.candidates if selection is None else frozenset(selection.names)
         self.processes.require_same("the selection", " ".join(sorted(chosen)))
+        if self._reusing is not None:
+            if moved := self._hold_below(costs, chosen, held):
+                reason = f"{moved}; {reason}" if reason else moved
+            held = self._reusing.held
         self._train_only(chosen)
         self._chosen, self.selection, self._share = chosen, selection, share
         self._to_check = selection is not None and self._is_check_due()
@@ -330,14 +377,47 @@ class GreenTrainer:
             step=len(self.log.steps),
             epoch=self.epoch,
             names=tuple(name for name in costs.names if name in chosen),
-            flops=costs.step_flops(chosen).total,
+            flops=costs.step_flops(chosen).total - costs.stored_flops(held),
             full_flops=costs.full_flops,
             budget=share,
             seconds=time.perf_counter() - started,
             selection=selection,
+            held=() if self._reusing is None else self._reusing.held,
+            reason=reason,
         )
         self.log.selections.append(record)
         return record
+
+    def _hold_below(self, costs: Profile, chosen: frozenset[str], held: tuple[str, ...]) -> str | None:
+        """Hold what is held, if the selection is one above it, or else what is below what is trained, where later
+        epochs read it; what that changes, in a sentence."""
+        reusing = self._reusing
+        assert reusing is not None
+        below = reusing.below(costs, chosen)
+        if not held or not set(held) <= set(below):
+            held = below if self._may_move() else ()
+        if held == reusing.held:
+            return None
+        reusing.hold(held, self.epoch)
+        if not held:
+            return "nothing is stored"
+        size = costs.cache_bytes(held)
+        return (
+            f"what the blocks up to {held[-1]} compute is stored, {size:,} bytes for a batch such as this; they run "
+            "without dropout"
+        )
+
+    def _may_move(self) -> bool:
+        """Whether another boundary could be held from here on: filled by a whole epoch, and read in others."""
+        return self._starts_epoch and self._epochs_left() >= 2
+
+    def _epochs_left(self) -> int:
+        """Whole ones, the present one included, as far as the run goes."""
+        return max(1, (self.whole_epochs or 1) - self.epoch)
+
+    def _steps_left(self) -> int:
+        """The coming one included."""
+        return max(1, (self.num_steps or 0) - len(self.log.steps))
 
     def _require_trainable(self, costs: Profile, names: Iterable[str]) -> frozenset[str]:
         """What ``choose`` gave; InputError where a step could not train that."""
@@ -357,9 +437,9 @@ class GreenTrainer:
 
     def _by_importance(
         self, batches: tuple[Any, ...], costs: Profile, full: int
-    ) -> tuple[Selection | None, float | None]:
-        """A selection and its share, where a step costs ``full`` FLOPs in full; none where the budget is ``None`` by
-        then."""
+    ) -> tuple[Selection | None, float | None, Problem, str | None]:
+        """A selection, its share, the problem that it solves and why it is that one, where a step costs ``full`` FLOPs
+        in full; no selection where the budget is ``None`` by then."""
         held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
         measured = [
             name for name, tensor in self.model.named_parameters() if tensor in held and tensor.is_floating_point()
@@ -375,9 +455,9 @@ class GreenTrainer:
             name: value if name in self.candidates else 0.0
             for name, value in self.processes.averaged(of_this_process).items()
         }
-        problem = Problem.of(costs, importance, **self._conditions)
+        problems = self._problems(costs, importance)
         # Asked again: what measuring took tells a budget of hours what a FLOP takes here.
-        smallest_share = share_of(problem.smallest, problem.full)
+        smallest_share = share_of(min(problem.smallest for problem in problems), costs.full_flops)
         left = self._selections_left()
         measuring_left = left * flops
         if self.checks:
@@ -386,12 +466,33 @@ class GreenTrainer:
         progress = self._progress(full, smallest_share, measuring_left)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
         if share is None:
-            return None, None
+            return None, None, problems[0], None
         limit = limit_of(costs, budget=share)
-        return selection_of(problem, limit, problem.solve(limit)), share
+        if self._reusing is not None:  # what was spent ahead is paid back out of it
+            limit -= -(-self._reusing.due(self._steps_left()) * costs.full_flops // full)
+        selection, problem, reason = _better_of(problems, limit)
+        return selection, share, problem, reason
+
+    def _problems(self, costs: Profile, importance: Mapping[str, float]) -> list[Problem]:
+        """What may be chosen from: above the boundary that is held, and with another one, as far as there are such."""
+        if self._reusing is None:
+            return [Problem.of(costs, importance, **self._conditions)]
+        problems = []
+        if self._reusing.held:
+            with suppress(InputError):  # nothing above it is worth training
+                problems.append(Problem.of(costs, importance, held=self._reusing.held, **self._conditions))
+        if self._may_move():
+            epochs_left = self._epochs_left()
+            among = self._reusing.among
+            problems.append(
+                Problem.of(costs, importance, reuse="prefix", epochs_left=epochs_left, among=among, **self._conditions)
+            )
+        return problems or [Problem.of(costs, importance, **self._conditions)]
 
     def _require_left(self, progress: Progress, flops: int) -> None:
         """BudgetSpentError where the budget of the run does not pay for ``flops``."""
+        # What was spent ahead is spent, whoever pays it back.
+        flops += self._owed
         if reason := self.processes.first("what is left", lambda: self.budget.exhausted(progress, flops)):
             raise BudgetSpentError(reason)
 
@@ -424,7 +525,7 @@ class GreenTrainer:
             step=len(self.log.steps),
             num_steps=self.num_steps,
             epoch=float(self.epoch),
-            spent_flops=self._spent + self.log.measuring_flops,
+            spent_flops=self._spent - self._owed + self.log.measuring_flops,
             full_flops=sum(seen) / len(seen),
             smallest_share=smallest_share,
             measuring_flops_left=measuring_left,
@@ -475,8 +576,10 @@ class GreenTrainer:
         run = _Run(self, batches, epochs, num_steps, accumulate, measure_on, folder)
         if run.num_steps is not None:
             self.num_steps = run.num_steps
-        self.num_epochs = epochs
+        self.num_epochs, self.whole_epochs = epochs, run.whole_epochs
         self.budget.check(self.num_steps, epochs)
+        if self._reusing is not None:
+            self._require_length()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             _require_steps_alone(self.scheduler)
@@ -541,8 +644,7 @@ class GreenTrainer:
             self.expect_drop(scale=scale)
             self.optimizer.step()
         except BaseException:
-            self.log.steps.pop()
-            self._allowed, self._spent = self._before_step
+            self._take_back_step()
             self.optimizer.zero_grad(set_to_none=True)
             self.processes.rewrap()  # a pass that was not finished would be waited for
             raise
@@ -569,9 +671,9 @@ class GreenTrainer:
     def _forward(self, batch: Any) -> torch.Tensor:
         step = len(self.log.steps) - 1
         try:
-            with self.processes.passing():
+            with self.processes.passing(), self.forward_pass():
                 outputs = call_model(self.processes.model, batch)
-        except ProcessesError:  # it is another's batch
+        except GtflopsError:  # it is another's batch, or a model whose prefix cannot be reused
             raise
         except Exception as error:
             raise GtflopsError(
@@ -597,33 +699,40 @@ class GreenTrainer:
             return starts_epoch
         return bool(self.every(step)) if callable(self.every) else step % self.every == 0
 
-    def _within_budget(self, costs: list[Profile], full: int) -> tuple[int, frozenset[str], int]:
-        """FLOPs that all steps may cost up to this one, what to train in it to stay within them, and its FLOPs."""
+    def _within_budget(self, costs: list[BatchCosts], full: int) -> tuple[int, tuple[int, int], frozenset[str], int]:
+        """FLOPs that all steps may cost up to this one, and what is owed of them by steps to come; what to train in it
+        to stay within them, and what it is charged with."""
         assert self._chosen is not None
-        names, planned = self._chosen, self._total(costs, self._chosen)
+        names, charged = self._chosen, self._total(costs, self._chosen)
+        owed = (0, 0)
+        if self._reusing is not None:
+            below = self._sum(cost.charged for cost in costs)
+            owed = self._reusing.owed_after(below, self.epoch, self._epochs_left(), self._steps_left())
         if self._share is None or self.selection is None:
-            return self._allowed + planned, names, planned
+            return self._allowed + charged, owed, names, charged
         allowed = self._allowed + part_of(self._share, full)
-        if self._spent + planned > allowed:
-            names, planned = self._smaller(costs, full, allowed - self._spent)
-        return allowed, names, planned
+        if self._spent + charged > allowed + sum(owed):
+            names, charged = self._smaller(costs, full, allowed + sum(owed) - self._spent)
+        return allowed, owed, names, charged
 
-    def _smaller(self, costs: list[Profile], full: int, room: int) -> tuple[frozenset[str], int]:
+    def _smaller(self, costs: list[BatchCosts], full: int, room: int) -> tuple[frozenset[str], int]:
         """The selection for a step of these costs and at most ``room`` FLOPs, or the cheapest where there is none."""
         assert self.selection is not None
         # Of batches of several shapes, the one in which the room is the smallest share of what is trained now.
-        tightest = max(costs, key=lambda cost: cost.step_flops(self._chosen or ()).total / cost.full_flops)
-        problem = Problem.of(tightest, self.selection.importance, **self._conditions)
+        tightest = max(costs, key=lambda cost: cost.step_flops(self._chosen or ()) / cost.full_flops)
+        held = () if self._reusing is None else self._reusing.held
+        problem = Problem.of(tightest.as_run, self.selection.importance, held=held, **self._conditions)
         share = room / full
-        while (names := self._solved(problem, tightest, int(share * tightest.full_flops))) is not None:
-            if (planned := self._total(costs, names)) <= room:
-                return names, planned
-            share *= min(room / planned, 0.999)
-        names = self._solved(problem, tightest, problem.smallest)
+        # What is charged of the blocks below the boundary, the problem does not count.
+        while (names := self._solved(problem, int(share * tightest.full_flops) - tightest.charged)) is not None:
+            if (charged := self._total(costs, names)) <= room:
+                return names, charged
+            share *= min(room / charged, 0.999)
+        names = self._solved(problem, problem.smallest)
         assert names is not None
         return names, self._total(costs, names)
 
-    def _solved(self, problem: Problem, costs: Profile, limit: int) -> frozenset[str] | None:
+    def _solved(self, problem: Problem, limit: int) -> frozenset[str] | None:
         """The first process's solution of its problem, whose prices are those of its batches; ``None`` for none."""
 
         def solve() -> frozenset[str] | None:
@@ -631,21 +740,31 @@ class GreenTrainer:
                 return None
             with suppress(InfeasibleBudgetError):
                 mask = problem.solve(limit).mask
-                return frozenset(name for name, chosen in zip(costs.names, mask, strict=True) if chosen)
+                names = problem.profile.names
+                return frozenset(name for name, chosen in zip(names, mask, strict=True) if chosen)
             return None
 
         return self.processes.first("a smaller selection", solve)
 
-    def _total(self, costs: Sequence[Profile], trainable: frozenset[str] | Literal["all"]) -> int:
+    def _total(self, costs: Sequence[BatchCosts], trainable: frozenset[str] | Literal["all"]) -> int:
         """FLOPs of a step over batches of these costs: from the second on, each adds its gradients to those before."""
-        flops = sum(cost.step_flops(trainable).total for cost in costs)
+        if trainable == "all":
+            flops = sum(cost.full_flops for cost in costs)
+        else:
+            flops = sum(cost.step_flops(trainable) for cost in costs)
         if len(costs) > 1:
-            mask = costs[0].mask(trainable)
-            trained = zip(costs[0].tensors, mask, strict=True)
+            profile = costs[0].ordinary
+            trained = zip(profile.tensors, profile.mask(trainable), strict=True)
             flops += (len(costs) - 1) * sum(
                 self._elements[tensor.name] for tensor, is_trained in trained if is_trained and tensor.has_gradient
             )
         return self._sum([flops])
+
+    def _costs_of(self, batch: Any) -> BatchCosts:
+        if self._reusing is not None:
+            return self._reusing.costs(batch, self.epoch)
+        profile = self._prices.of(batch)
+        return BatchCosts(profile, profile)
 
     def _sum(self, flops: Iterable[int]) -> int:
         """Over batches, and over the processes that train together."""
@@ -660,6 +779,41 @@ class GreenTrainer:
             tensor.grad = None
         self.processes.rewrap()
         self._trained = names
+
+    @property
+    def _owed(self) -> int:
+        """FLOPs of what was spent that steps to come pay back."""
+        return 0 if self._reusing is None else self._reusing.owed + self._reusing.owed_ahead
+
+    def _account(self) -> tuple[int, int, tuple[int, int]]:
+        """What steps may have cost, what they did, and what of that is owed."""
+        owed = (0, 0) if self._reusing is None else (self._reusing.owed, self._reusing.owed_ahead)
+        return self._allowed, self._spent, owed
+
+    def _take_back_step(self) -> None:
+        """The step that the last boundary opened is not made."""
+        self.log.steps.pop()
+        self._allowed, self._spent, owed = self._before_step
+        self._passes.clear()
+        if self._reusing is not None:
+            self._reusing.owed, self._reusing.owed_ahead = owed
+
+    def _require_length(self) -> None:
+        """InputError where it is not known how many steps share what the first epoch stores."""
+        if self.num_steps is None or self.whole_epochs is None:
+            raise InputError(
+                "reuse='prefix' spreads its first epoch over those to come, and their number is not known: expected "
+                "num_steps and num_epochs, or batches that have a length"
+            )
+
+    def _require_passed(self) -> None:
+        """InputError where forward passes of the last step were not those that its cost was told of."""
+        if self._passes:
+            raise InputError(
+                f"{len(self._passes)} forward passes of the last step were made without the trainer, or not at all, so "
+                "that they did not cost what was planned; expected each, in the order of the batches, inside of "
+                "'with trainer.forward_pass():'"
+            )
 
     def _require_untouched(self) -> None:
         if self._trained is None:
@@ -695,6 +849,7 @@ class GreenTrainer:
             "share": self._share,
             "seconds": self._seconds_before + (0.0 if self._started is None else time.perf_counter() - self._started),
             "energy": None if self.energy is None else asdict(self.energy.energy),
+            "reusing": None if self._reusing is None else self._reusing.state_dict(),
             "log": self.log.to_json(),
         }
 
@@ -710,6 +865,8 @@ class GreenTrainer:
         self._share, self._seconds_before, self._started = state["share"], state["seconds"], None
         if self.energy is not None and state["energy"] is not None:
             self.energy.continue_from(Energy(**state["energy"]))
+        if self._reusing is not None and state["reusing"] is not None:
+            self._reusing.load_state_dict(state["reusing"])
         if state["trained"] is not None:
             self._train_only(frozenset(state["trained"]))
 
@@ -766,6 +923,14 @@ class _Run:
             in_all = len(self._batches) // self._accumulate * self._epochs
             steps = in_all if steps is None else min(steps, in_all)
         return None if steps is None else self._first_step + steps
+
+    @property
+    def whole_epochs(self) -> int:
+        """How many passes over all batches the run makes, as far as is known."""
+        if self._most_steps is None or not isinstance(self._batches, Sized):
+            return self._epochs
+        steps = len(self._batches) // self._accumulate
+        return min(self._epochs, self._most_steps // steps) if steps else self._epochs
 
     def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...], list[Any]]]:
         """Epoch, batches of a step, and batches to measure importance on if that is due."""
@@ -858,6 +1023,28 @@ class _Run:
         else:  # a loader shuffles again as it did
             checkpoints.restore_random_states(self._at_start_of_epoch)
             self._after_skipping = random
+
+
+def _better_of(problems: Sequence[Problem], limit: int) -> tuple[Selection, Problem, str | None]:
+    """The selection of most importance among the best of each problem, which are the first ones to hold what is stored;
+    and why, where there was a choice. InfeasibleBudgetError where no problem has one."""
+    found: list[tuple[Problem, Selection]] = []
+    for number, problem in enumerate(problems, start=1):
+        try:
+            found.append((problem, selection_of(problem, limit, problem.solve(limit))))
+        except InfeasibleBudgetError:
+            if number == len(problems) and not found:
+                raise
+    problem, best = max(found, key=lambda pair: pair[1].value)
+    if len(problems) == 1:
+        return best, problem, None
+    others = [_described(other, selection) for other, selection in found if other is not problem]
+    return best, problem, f"{_described(problem, best)}, not {', '.join(others) or 'another way: none fits the budget'}"
+
+
+def _described(problem: Problem, selection: Selection) -> str:
+    how = "keeping what is stored" if problem.held else "storing anew, the first pass counted"
+    return f"{how}: {selection.importance_captured:.4f} of the importance for {selection.flops:,} FLOPs a step"
 
 
 def clipping_scale(norm: torch.Tensor, max_norm: float) -> float:

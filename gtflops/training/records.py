@@ -14,9 +14,11 @@ from gtflops.training.energy import Energy
 class SelectionRecord:
     """What is trained from here on. ``step`` counts the optimizer steps before it.
 
-    ``flops`` and ``full_flops`` are those of a step on the batch that it was made for, ``budget`` the share that was
+    ``flops`` and ``full_flops`` are those of a step on the batch that it was made for, of the first once what ``held``
+    blocks compute is stored; ``budget`` the share that was
     asked for (``None`` without one), ``seconds`` what measuring and selecting took. ``selection`` has the proof and the
-    importances, where the tensors were selected by importance.
+    importances, where the tensors were selected by importance. ``held`` are the blocks whose activations are stored,
+    and ``reason`` says why it is this selection, where there was a choice besides the tensors.
     """
 
     step: int
@@ -27,6 +29,8 @@ class SelectionRecord:
     budget: float | None
     seconds: float
     selection: Selection | None
+    held: tuple[str, ...] = ()
+    reason: str | None = None
 
     @property
     def importance_captured(self) -> float | None:
@@ -44,6 +48,8 @@ class SelectionRecord:
             "budget": self.budget,
             "seconds": self.seconds,
             "importance_captured": self.importance_captured,
+            "held": list(self.held),
+            "reason": self.reason,
             "selection": None if self.selection is None else self.selection.to_json(),
             "importance": None if self.selection is None else dict(self.selection.importance),
         }
@@ -61,6 +67,8 @@ class SelectionRecord:
             budget=data["budget"],
             seconds=data["seconds"],
             selection=None if selection is None else Selection.from_json(profile, selection, data["importance"]),
+            held=tuple(data.get("held", ())),
+            reason=data.get("reason"),
         )
 
 
@@ -72,7 +80,8 @@ class StepRecord:
     ``seconds`` are ``None`` where they were not observed: in a loop of the user's own, or without ``count_executed``.
     ``learning_rate`` is that of the first parameter group, ``None`` for an optimizer that finds its own.
     The first step after a selection has what the loss was to fall by, to first order, and what it fell by, unless an
-    estimate of late held at a learning rate that was no lower.
+    estimate of late held at a learning rate that was no lower. ``reused`` says that no block was run whose activations
+    are stored.
     """
 
     step: int
@@ -85,6 +94,7 @@ class StepRecord:
     seconds: float | None = None
     predicted_drop: float | None = None
     real_drop: float | None = None
+    reused: bool = False
 
     @property
     def check(self) -> ImportanceCheck | None:

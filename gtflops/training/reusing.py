@@ -1,0 +1,224 @@
+"""Reuse of a frozen prefix in the loop: the blocks that are held, what steps cost by it, and what is still owed."""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gtflops.capture import Loss
+from gtflops.errors import InputError, UnsupportedModelError
+from gtflops.graph import Phase
+from gtflops.operators import Call
+from gtflops.profiling import Profile, Trainable
+from gtflops.reuse import ActivationStore, PlannedPass, Prefix, ReuseStatistics
+from gtflops.training.pricing import Prices
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCosts:
+    """What a step on one batch costs, by how its forward pass will run.
+
+    ``ordinary`` is the profile of a step as the model is, ``as_run`` of one whose blocks below the boundary are in
+    evaluation mode. ``stored`` are the FLOPs of these blocks, in a forward pass, and ``planned`` the pass to come.
+    ``is_filling`` in the epoch that fills the store: what is found there already is not spent on anything else then,
+    so that a run that was killed goes on as it would have.
+    """
+
+    ordinary: Profile
+    as_run: Profile
+    stored: int = 0
+    planned: PlannedPass | None = None
+    is_filling: bool = False
+
+    @property
+    def reused(self) -> bool:
+        """Whether the blocks below the boundary will not run."""
+        return self.planned is not None and self.planned.reused
+
+    @property
+    def full_flops(self) -> int:
+        """Of an ordinary step with every tensor trained."""
+        return self.ordinary.full_flops
+
+    @property
+    def forward_flops(self) -> int:
+        return self.as_run.forward_flops - (self.stored if self.reused else 0)
+
+    @property
+    def charged(self) -> int:
+        """What of ``stored`` the budget is charged with."""
+        return self.stored if self.is_filling or not self.reused else 0
+
+    @property
+    def saved(self) -> int:
+        """What of that is not executed."""
+        return self.charged if self.reused else 0
+
+    def step_flops(self, trainable: Trainable) -> int:
+        """What the budget is charged with for the step to come, in which nothing below the boundary may be trained."""
+        return self.as_run.step_flops(trainable).total - self.stored + self.charged
+
+    def around_forward(self) -> AbstractContextManager[Any]:
+        """What the forward pass has to run in."""
+        return nullcontext() if self.planned is None else self.planned.run()
+
+
+class Reusing:
+    """The blocks that a run does not compute twice, and the budget that is spent ahead for it.
+
+    A step that fills the store costs more than later ones, which a budget for the average of all has to pay for: what
+    the steps of an epoch spend on later ones is ``owed``, and is paid back in equal parts by each step after the epoch,
+    until the last one.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        model: torch.nn.Module,
+        prices: Prices,
+        loss: Loss | None,
+        store: ActivationStore | str | Path,
+    ) -> None:
+        self.store = store if isinstance(store, ActivationStore) else ActivationStore(store)
+        self.held: tuple[str, ...] = ()
+        self.filled_in: int | None = None
+        """The epoch in which the store is filled up to the boundary."""
+        self.owed = 0
+        self.owed_ahead = 0
+        """What the steps of the present epoch spent on later ones: none of it is paid back before these."""
+        self.among = _reusable(profile, model)
+        """The blocks that may be held."""
+        self._model = model
+        self._ordinary = prices
+        self._as_run: Prices | None = None
+        self._loss = loss
+        self._prefix: Prefix | None = None
+        self._has_warned = False
+
+    @property
+    def statistics(self) -> ReuseStatistics | None:
+        """Of the boundary as it is now; ``None`` where no block is held."""
+        return None if self._prefix is None else self._prefix.statistics
+
+    def hold(self, blocks: tuple[str, ...], epoch: int) -> None:
+        """Store what these blocks compute from here on, in the place of others."""
+        if blocks == self.held:
+            return
+        self.held, self.filled_in = blocks, epoch
+        self._prefix, self._as_run = None, None
+        if blocks:
+            self._prefix = Prefix(self._model, blocks, self.store)
+            if self.store.full is not None:  # what is stored of others is of no use any more
+                self._prefix.remove_others()
+
+    def _priced_as_run(self, batch: Any, ordinary: Profile) -> Profile:
+        """Without dropout below the boundary, steps may consist of other operators: then they are priced apart."""
+        assert self._prefix is not None
+        if self._as_run is self._ordinary:
+            return ordinary
+        prices = self._as_run or Prices(self._model, self._loss)
+        with self._prefix.modes_of_passes():
+            as_run = prices.of(batch)
+        if self._as_run is None:
+            # Where the forward passes are the same operators, what stands above the boundary has the same gradients.
+            is_same = _forward_calls(ordinary) == _forward_calls(as_run)
+            self._as_run = self._ordinary if is_same else prices
+        return as_run
+
+    def below(self, profile: Profile, trained: Trainable) -> tuple[str, ...]:
+        """The blocks that nothing trained stands below."""
+        return tuple(name for name in profile.step_flops(trained, reuse="prefix").blocks if name in self.among)
+
+    def costs(self, batch: Any, epoch: int) -> BatchCosts:
+        """What a step on the batch costs; where blocks are held, what is stored for it is read here."""
+        ordinary = self._ordinary.of(batch)
+        if self._prefix is None:
+            return BatchCosts(ordinary, ordinary)
+        as_run = self._priced_as_run(batch, ordinary)
+        planned = self._prefix.plan(batch)
+        if not (planned.reused or epoch == self.filled_in or self._has_warned or self.store.full):
+            self._has_warned = True
+            warnings.warn(
+                f"epoch {epoch} has examples that nothing is stored of, and they cost more than the budget counts on "
+                f"({sum(self.store.rejected.values())} entries were damaged); expected the same inputs as in epoch "
+                f"{self.filled_in}: no augmentation, no padding in front to other lengths, none left out by turns",
+                stacklevel=2,
+            )
+        return BatchCosts(ordinary, as_run, as_run.stored_flops(self.held), planned, epoch == self.filled_in)
+
+    # --- what is owed -----------------------------------------------------------------------------------------
+
+    def due(self, steps_left: int) -> int:
+        """What each of the steps left has to pay back."""
+        return -(-self.owed // max(1, steps_left))
+
+    def begin_epoch(self) -> None:
+        """What was spent ahead is to be paid back from here on."""
+        self.owed, self.owed_ahead = self.owed + self.owed_ahead, 0
+
+    def owed_after(self, charged: int, epoch: int, epochs_left: int, steps_left: int) -> tuple[int, int]:
+        """``owed`` and ``owed_ahead`` after a step that is charged with FLOPs of blocks below the boundary."""
+        owed = self.owed - min(self.owed, self.due(steps_left))
+        if epoch != self.filled_in or epochs_left < 2:
+            return owed, self.owed_ahead
+        return owed, self.owed_ahead + charged * (epochs_left - 1) // epochs_left
+
+    # --- what a run can be resumed from -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain data; what is stored is in the store."""
+        return {
+            "held": list(self.held),
+            "filled_in": self.filled_in,
+            "owed": self.owed,
+            "owed_ahead": self.owed_ahead,
+            "prefix": None if self._prefix is None else self._prefix.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a state of :meth:`state_dict`."""
+        self.hold(tuple(state["held"]), state["filled_in"])
+        self.filled_in, self.owed, self.owed_ahead = state["filled_in"], state["owed"], state["owed_ahead"]
+        if self._prefix is not None:
+            self._prefix.load_state_dict(state["prefix"])
+
+
+def _reusable(profile: Profile, model: torch.nn.Module) -> tuple[str, ...]:
+    """The blocks whose input is the same whenever an example comes: not those of a decoder beside an encoder, whose
+    inputs are made of labels, padded to the longest of the batch."""
+    blocks = tuple(block.name for block in profile.blocks)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return blocks
+    encoder = {id(module) for module in model.get_encoder().modules()}  # type: ignore[operator]
+    return tuple(name for name in blocks if id(model.get_submodule(name)) in encoder)
+
+
+def _forward_calls(profile: Profile) -> list[Call]:
+    return [node.call for node in profile.graph.nodes if node.phase is Phase.FORWARD]
+
+
+def reusing_of(
+    profile: Profile, model: torch.nn.Module, prices: Prices, loss: Loss | None, reuse: Any, store: Any
+) -> Reusing | None:
+    """From the arguments of a trainer. InputError where they do not go together."""
+    if reuse is None:
+        if store is not None:
+            raise InputError(f"store={str(store)!r} given without reuse='prefix', which alone stores activations")
+        return None
+    if reuse != "prefix":
+        raise InputError(f"reuse is {reuse!r}, expected 'prefix' or None")
+    if store is None:
+        raise InputError(
+            "reuse='prefix' keeps activations on the disk: expected store, a folder, or "
+            "gtflops.reuse.ActivationStore(folder, max_bytes=...)"
+        )
+    if not profile.blocks:
+        raise UnsupportedModelError(
+            f"{profile.graph.model} has no blocks that could be left out; expected a ModuleList or Sequential of them, "
+            "as transformers' models have, or, in a loop of your own, a boundary of your own for gtflops.reuse.Prefix"
+        )
+    return Reusing(profile, model, prices, loss, store)

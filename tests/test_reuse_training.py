@@ -1,0 +1,444 @@
+"""Training from stored activations: planned is executed, budgets hold over a run, and the weights are the same."""
+
+import copy
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import gtflops
+import small_models
+from gtflops import InputError
+from gtflops.errors import InfeasibleBudgetError, UnsupportedModelError
+from gtflops.integrations.transformers import GreenTrainerCallback
+from gtflops.reuse import ActivationStore
+from gtflops.training import Total
+from test_checkpoints import last_line, start
+from test_reuse_prefix import FAMILIES, Batch, without_dropout
+from test_trainer_callback import Counting, padded, rows, trainer_of
+
+
+def other_examples(batch: Batch, seed: int) -> Batch:
+    """A batch of the same shapes and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    made = dict(batch)
+    if "pixel_values" in batch:
+        made["pixel_values"] = torch.randn(batch["pixel_values"].shape, generator=generator)
+        return made
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    made["input_ids"] = torch.randint(3, small_models.VOCABULARY, ids.shape, generator=generator) * mask
+    if batch["labels"].shape == ids.shape:
+        made["labels"] = made["input_ids"].masked_fill(mask == 0, -100)
+    return made
+
+
+def family_of(name: str) -> tuple[Any, list[Batch]]:
+    torch.manual_seed(0)
+    model, _, batch = FAMILIES[name]()
+    return model.requires_grad_(True), [other_examples(batch, seed) for seed in range(3)]
+
+
+def trainer_for(model: Any, batches: Any, store: Any, **options: Any) -> gtflops.GreenTrainer:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    reuse = {} if store is None else {"reuse": "prefix", "store": store}
+    settings = {"budget": 0.4, "every": "epoch", "count_executed": True, **reuse, **options}
+    return gtflops.GreenTrainer(model, optimizer, next(iter(batches)), **settings)
+
+
+def top(profile: gtflops.Profile, step: int) -> list[str]:
+    """A choice of the last block and the head: always the same."""
+    return [name for name in profile.names if name.startswith((f"{profile.blocks[-1].name}.", "lm_head", "classifier"))]
+
+
+@pytest.mark.filterwarnings("ignore:step .* predicted drop")
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("budget", [0.2, 0.3, 0.6])
+def test_planned_is_executed_and_the_budget_holds_over_the_run(family: str, budget: float, tmp_path: Path) -> None:
+    model, batches = family_of(family)
+    trainer = trainer_for(model, batches, tmp_path, budget=budget, must_freeze=())
+    try:
+        log = trainer.fit(batches, epochs=5)
+    except InfeasibleBudgetError as error:  # embeddings and head of the smallest models
+        assert budget == 0.2
+        assert "without reuse" in str(error)
+        return
+    assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+    assert log.planned_flops <= budget * log.full_flops
+    assert [step.reused for step in log.steps] == [False] * 3 + [True] * 12
+    assert all(module.training for module in model.modules())
+    assert log.selections[0].held
+    assert "without dropout" in str(log.selections[0].reason)
+    assert log.selections[0].held == log.selections[-1].held
+    read = type(log).from_json(log.to_json(), trainer.profile)
+    assert [record.held for record in read.selections] == [record.held for record in log.selections]
+    assert [step.reused for step in read.steps] == [step.reused for step in log.steps]
+
+
+def test_a_budget_below_the_forward_pass_learns(tmp_path: Path) -> None:
+    """0.25 of a full step; without reuse it names both floors."""
+    torch.manual_seed(0)
+    model = small_models.build("llama")
+    batches = [small_models.padded_batch() for _ in range(3)]
+    with pytest.raises(InfeasibleBudgetError, match="reuse='prefix' lowers that"):
+        trainer_for(copy.deepcopy(model), batches, None, budget=0.25).fit(batches, epochs=8)
+    log = trainer_for(model, batches, tmp_path, budget=0.25, measure=gtflops.measure_importance).fit(batches, epochs=8)
+    losses = [step.loss for step in log.steps if step.loss is not None]
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.2
+    assert log.planned_flops <= 0.25 * log.full_flops
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_weights_are_those_without_reuse_to_the_bit(family: str, tmp_path: Path) -> None:
+    model, batches = family_of(family)
+    without_dropout(model)
+    found = []
+    for store in (None, tmp_path):
+        trained = copy.deepcopy(model)
+        trainer = trainer_for(trained, batches, store, choose=top)
+        log = trainer.fit(batches, epochs=3)
+        assert [step.reused for step in log.steps] == [False] * 3 + [store is not None] * 6
+        found.append(trained.state_dict())
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+
+
+def loader(family: str, batch_size: int = 2) -> tuple[Any, Any]:
+    """Examples of several lengths, shuffled, in batches padded to their longest."""
+    model, _ = family_of(family)
+    data = rows((6, 11, 9))
+    generator = torch.Generator().manual_seed(4)
+    return model, DataLoader(data, batch_size, shuffle=True, generator=generator, collate_fn=padded)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_weights_are_those_without_reuse_when_shuffled(family: str, tmp_path: Path) -> None:
+    found = []
+    for store in (None, tmp_path):
+        model, batches = loader(family)
+        without_dropout(model.double())
+        log = trainer_for(model, batches, store, choose=top).fit(batches, epochs=3)
+        assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+        assert all(step.reused for step in log.steps[6:]) == (store is not None)
+        found.append(model.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-12, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:step .* predicted drop")
+@pytest.mark.parametrize("budget", [0.3, 0.5])
+def test_several_shapes_at_once(budget: float, tmp_path: Path) -> None:
+    """Batches of several lengths, accumulated, with dropout above the boundary and selections inside of epochs."""
+    model, batches = loader("opt")
+    trainer = trainer_for(model, batches, tmp_path, budget=budget, every=2, must_freeze=["*embed*"])
+    log = trainer.fit(batches, epochs=4, accumulate=2)
+    assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+    assert log.planned_flops <= budget * log.full_flops
+    assert sum(step.reused for step in log.steps) >= 9
+    assert trainer.log.planned_flops > 0.8 * budget * log.full_flops, "and the budget is used"
+
+
+@pytest.mark.filterwarnings("ignore:step .* predicted drop")
+def test_a_total_of_flops_is_never_exceeded(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    full = gtflops.profile(model, batches[0]).full_flops
+    total = int(0.4 * full * 15 + 6 * full)  # and five measurements
+    trainer = trainer_for(model, batches, tmp_path, budget=Total(flops=total))
+    log = trainer.fit(batches, epochs=5)
+    assert 0.9 * total < log.planned_flops + log.measuring_flops <= total
+    assert len(log.steps) == 15
+
+
+# --- the boundary -------------------------------------------------------------------------------------------------
+
+
+def measuring(by_epoch: list[Callable[[str], float]], steps: int = 3) -> Callable[..., dict[str, float]]:
+    """In the place of measuring: importances by name, others in each epoch."""
+    calls: Iterator[Callable[[str], float]] = iter(by_epoch)
+
+    def measure(model: Any, *_: Any, **__: Any) -> dict[str, float]:
+        worth = next(calls)
+        return {name: worth(name) for name, _ in model.named_parameters()}
+
+    return measure
+
+
+def only(layer: int) -> Callable[[str], float]:
+    """Importance in this layer, and next to none in the head."""
+    return lambda name: 1.0 if f"layers.{layer}." in name else 1e-9 if "lm_head" in name else 0.0
+
+
+def test_the_boundary_is_held_until_moving_it_pays(tmp_path: Path) -> None:
+    """Importance moves from the last layer to the first, in the second of many epochs."""
+    model, batches = family_of("llama")
+    measure = measuring([only(2), only(2), only(0), only(0), only(2), only(2)])
+    trainer = trainer_for(model, batches, tmp_path, budget=0.7, measure=measure)
+    log = trainer.fit(batches, epochs=6)
+    depths = [len(record.held) for record in log.selections]
+    assert depths[:2] == [2, 2]
+    assert depths[2] == 0
+    assert str(log.selections[1].reason).startswith("keeping what is stored")
+    assert "storing anew" in str(log.selections[2].reason)
+    assert "nothing is stored" in str(log.selections[2].reason)
+    assert depths[4] == 2, "where two epochs are left, what is higher is stored again"
+    assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+    assert log.planned_flops <= 0.7 * log.full_flops
+
+
+def test_a_boundary_moves_at_the_start_of_an_epoch_only(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    measure = measuring([only(2), only(0), only(0), only(0), only(0), only(0), only(0), only(0), only(0)])
+    trainer = trainer_for(model, batches, tmp_path, budget=0.7, every=1, measure=measure)
+    log = trainer.fit(batches, epochs=3)
+    assert [len(record.held) for record in log.selections] == [2, 2, 2, 0, 0, 0, 0, 0, 0]
+    assert log.planned_flops <= 0.7 * log.full_flops
+
+
+def test_full_training_has_nothing_to_reuse(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    log = trainer_for(model, batches, tmp_path, budget=None).fit(batches, epochs=2)
+    assert log.planned_flops == log.full_flops == log.executed_flops
+    assert log.selections[0].held == ()
+
+
+def test_one_epoch_has_nothing_to_reuse(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    trainer = trainer_for(model, batches, tmp_path, budget=0.6)
+    log = trainer.fit(batches, epochs=9, num_steps=4)  # the second epoch is not a whole one
+    assert log.selections[0].held == ()
+    assert log.planned_flops <= 0.6 * log.full_flops
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:step .* predicted drop")
+def test_a_store_without_room_costs_more_and_the_budget_holds(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    store = ActivationStore(tmp_path, max_bytes=4000)
+    trainer = trainer_for(model, batches, store, budget=0.6)
+    with pytest.warns(UserWarning, match="takes no more activations"):
+        log = trainer.fit(batches, epochs=5)
+    assert any(not step.reused for step in log.steps[3:])
+    assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+    assert log.planned_flops <= 0.6 * log.full_flops
+
+
+def test_flipped_bytes_are_computed_again(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    without_dropout(model)
+    expected, found = copy.deepcopy(model), copy.deepcopy(model)
+    trainer_for(expected, batches, None, choose=top).fit(batches, epochs=3)
+
+    def flip(record: Any) -> None:
+        if record.step == 3:
+            for path in sorted(tmp_path.rglob("*.safetensors"))[::2]:
+                content = bytearray(path.read_bytes())
+                content[-5] ^= 1
+                path.write_bytes(content)
+
+    log = trainer_for(found, batches, tmp_path, choose=top).fit(batches, epochs=3, on_step=flip)
+    assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+    assert not all(step.reused for step in log.steps[4:6])
+    assert all(step.reused for step in log.steps[7:])
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+def test_a_batch_that_fails_owes_nothing(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    bad = {**batches[1], "input_ids": batches[1]["input_ids"] + 1000}
+    trainer = trainer_for(model, batches, tmp_path)
+    with pytest.raises(gtflops.GtflopsError, match="step 1 failed"):
+        trainer.fit([batches[0], bad, batches[2]], epochs=3)
+    assert len(trainer.log.steps) == 1
+    spent = trainer.state_dict()
+    assert spent["spent"] == trainer.log.planned_flops
+    assert 0 < spent["reusing"]["owed_ahead"] < trainer.log.steps[0].planned_flops
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"reuse": "prefix"}, "expected store, a folder"),
+        ({"store": "somewhere"}, "without reuse='prefix'"),
+        ({"reuse": "suffix", "store": "somewhere"}, "'suffix', expected 'prefix'"),
+    ],
+)
+def test_arguments(options: dict[str, Any], match: str) -> None:
+    model, batches = family_of("llama")
+    with pytest.raises(InputError, match=match):
+        gtflops.GreenTrainer(model, torch.optim.SGD(model.parameters()), batches[0], **options)
+
+
+def test_a_run_of_unknown_length(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    with pytest.raises(InputError, match="expected num_steps and num_epochs"):
+        trainer_for(model, batches, tmp_path).step_boundary(batches[0])
+    with pytest.raises(InputError, match="expected num_steps and num_epochs"):
+        trainer_for(model, batches, tmp_path).fit(iter(batches))
+
+
+def test_a_model_without_blocks_says_so(tmp_path: Path) -> None:
+    """What is below stands in no list of modules: there is nothing to hold."""
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).tanh())
+
+    batches = [torch.randn(2, 4) for _ in range(3)]
+    with pytest.raises(UnsupportedModelError, match=r"Two has no blocks .* expected a ModuleList"):
+        trainer_for(Two(), batches, tmp_path, budget=0.8, loss=lambda y, x: y.sum())
+
+
+# --- other loops --------------------------------------------------------------------------------------------------
+
+
+def test_in_a_loop_of_ones_own(tmp_path: Path) -> None:
+    model, batches = family_of("opt")
+    without_dropout(model)
+    expected = copy.deepcopy(model)
+    trainer_for(expected, batches, None, choose=top).fit(batches, epochs=2)
+    trainer = trainer_for(model, batches, tmp_path, choose=top, num_steps=6, num_epochs=2)
+    for epoch in range(2):
+        for batch in batches:
+            record = trainer.step_boundary(batch, epoch=epoch)
+            with gtflops.ExecutedFlops() as executed:
+                with trainer.forward_pass():
+                    loss = model(**batch).loss
+                loss.backward()
+            assert executed.total == record.planned_flops
+            assert record.reused == (epoch == 1)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_forward_pass_without_the_trainer(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    trainer = trainer_for(model, batches, tmp_path, choose=top, num_steps=6, num_epochs=2)
+    trainer.step_boundary(batches[0])
+    model(**batches[0]).loss.backward()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    with pytest.raises(InputError, match=r"with trainer\.forward_pass"):
+        trainer.step_boundary(batches[1])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert"])
+def test_in_the_trainer_planned_is_executed(kind: str, tmp_path: Path) -> None:
+    from test_trainer_callback import MODELS
+
+    embeddings = {"t5": "shared*", "gpt2": "*.w[tp]e.*"}.get(kind, "*embed*")
+    callback = GreenTrainerCallback(0.4, must_freeze=embeddings, reuse="prefix", store=tmp_path / "store")
+    trainer = trainer_of(MODELS[kind](), tmp_path, callback, kind=kind, lengths=(11, 7), num_train_epochs=4)
+    trainer.train()
+    log = callback.log
+    assert [step.planned_flops for step in log.steps] == trainer.executed
+    assert log.planned_flops <= 0.4 * log.full_flops
+    assert log.selections[0].held
+    assert [step.reused for step in log.steps] == [False] * 6 + [True] * 18
+    assert all(tensor.requires_grad for tensor in trainer.model.parameters())
+
+
+def test_in_the_trainer_weights_are_those_without_reuse(tmp_path: Path) -> None:
+    found = []
+    for number, reuse in enumerate(({}, {"reuse": "prefix", "store": tmp_path / "store"})):
+        torch.manual_seed(0)
+        model = small_models.build("llama")
+        callback = GreenTrainerCallback(choose=top, **reuse)  # type: ignore[arg-type]
+        trainer = trainer_of(
+            model,
+            tmp_path / str(number),
+            callback,
+            num_train_epochs=3,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+        )
+        trainer.train()
+        assert any(step.reused for step in callback.log.steps) == bool(reuse)
+        found.append(model.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_in_the_trainer_a_resumed_run_is_the_same(tmp_path: Path) -> None:
+    def run(folder: Path, *, until: int | None = None, resume: bool = False) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        model = small_models.build("opt")
+
+        class Stop(Counting):
+            def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+                if until is not None and self.state.global_step >= until and "backward" not in vars(self.accelerator):
+                    raise KeyboardInterrupt
+                return super().training_step(*args, **kwargs)
+
+        callback = GreenTrainerCallback(0.5, must_freeze=["*embed*"], reuse="prefix", store=folder / "store")
+        trainer = trainer_of(
+            model, folder, callback, trainer=Stop, num_train_epochs=3, save_strategy="steps", save_steps=2, seed=3
+        )
+        if until is None:
+            trainer.train(resume_from_checkpoint=resume or None)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        return model.state_dict(), callback.log
+
+    whole, log = run(tmp_path / "whole")
+    run(tmp_path / "cut", until=9)
+    resumed, log_of_resumed = run(tmp_path / "cut", resume=True)
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+    assert [step.planned_flops for step in log_of_resumed.steps] == [step.planned_flops for step in log.steps]
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
+def test_a_run_that_is_killed_while_it_stores_goes_on_to_the_bit(tmp_path: Path) -> None:
+    expected = last_line(start(tmp_path / "whole", "--store", str(tmp_path / "store-of-whole")))
+    assert any((tmp_path / "store-of-whole").rglob("*.safetensors"))
+    printed, errors = start(tmp_path / "killed", "--kills", "20", "--store", str(tmp_path / "store")).communicate(
+        timeout=500
+    )
+    lines = printed.split("\n")
+    assert lines.count("killed") == 20, errors
+    assert lines[-2] == expected, errors
+
+
+def test_interrupted_and_resumed(tmp_path: Path) -> None:
+    """The log too, which an interruption between steps leaves as it would be."""
+    logs = []
+    for name, at in (("whole", None), ("cut", 4)):
+        model, batches = family_of("gpt2")
+        options: dict[str, Any] = {"checkpoints": tmp_path / name}
+
+        def interrupt(record: Any, at: int | None = at) -> None:
+            if record.step == at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        trainer = trainer_for(model, batches, tmp_path / f"store-{name}", budget=0.5)
+        trainer.fit(batches, epochs=4, on_step=interrupt, **options)
+        if at is not None:
+            assert len(trainer.log.steps) == 5
+            model, batches = family_of("gpt2")
+            trainer = trainer_for(model, batches, tmp_path / f"store-{name}", budget=0.5)
+            trainer.fit(batches, epochs=4, resume=True, **options)
+        logs.append((trainer.log, model.state_dict()))
+    (whole, weights), (resumed, weights_of_resumed) = logs
+    assert [step.planned_flops for step in resumed.steps] == [step.planned_flops for step in whole.steps]
+    assert [step.loss for step in resumed.steps] == [step.loss for step in whole.steps]
+    for name, tensor in weights.items():
+        assert torch.equal(weights_of_resumed[name], tensor), name
