@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +24,7 @@ from gtflops.recipes.datasets import load
 from gtflops.recipes.memory import PeakMemory
 from gtflops.recipes.models import SMOLLM2, load_pretrained
 from gtflops.recipes.schemes import scheme
+from gtflops.reuse import ActivationStore, Prefix
 from gtflops.sources import Live
 from gtflops.training.pricing import Prices
 
@@ -139,6 +141,33 @@ def test_step_of_lora(benchmark: Any, smol: Smol) -> None:
     optimizer = adamw(model)
     flops = gtflops.profile(model, smol.batch).step_flops(model).total
     measure_share(benchmark, smol, "LoRA", flops, lambda: one_step(model, optimizer, smol.batch))
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.3, 0.5])
+def test_step_from_stored_activations(benchmark: Any, smol: Smol, budget: float, tmp_path: Path) -> None:
+    """Of a later epoch, reading and checking what is stored included."""
+    names = gtflops.select(smol.profile, smol.importance, budget, reuse="prefix", epochs_left=5).names
+    step = smol.profile.step_flops(names, reuse="prefix")
+    model = copy.deepcopy(smol.model)  # full steps of the other, in between, change what lies below the boundary
+    train_only(model, names)
+    optimizer = adamw(model)
+    prefix = Prefix(model, step.blocks, ActivationStore(tmp_path))
+
+    def one() -> tuple[float, float]:
+        start = time.perf_counter()
+        with prefix.for_batch(smol.batch):
+            loss = model(**smol.batch).loss
+        loss.backward()
+        passes = time.perf_counter() - start
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start, passes
+
+    one()  # stores
+    name = f"budget {budget} with reuse over 5 epochs"
+    measure_share(benchmark, smol, name, step.total, one)
+    assert prefix.statistics.examples_computed == BATCH_SIZE
+    benchmark.extra_info["bytes per example"] = prefix.statistics.bytes_written // BATCH_SIZE
 
 
 # --- what is added to an epoch --------------------------------------------------------------------------------------

@@ -342,6 +342,30 @@ def cut(trainer: gtflops.GreenTrainer, folder: Path) -> None:
     assert found == ["RuntimeError", "cut"], found
 
 
+def reused(folder: Path) -> Result:
+    """Fixed batches over four epochs: what is above the third layer is trained, then what importance says."""
+
+    def trained(store: Path | None, **options: Any) -> Result:
+        reuse = {} if store is None else {"reuse": "prefix", "store": store}
+        trainer = trainer_for(DistributedDataParallel(model()), stream()[0], every="epoch", **reuse, **options)
+
+        def lose(record: StepRecord) -> None:
+            """One rank loses what it stored of two batches."""
+            if store is not None and record.step == 3 and rank() == 1:
+                for path in sorted(store.rglob("*.safetensors"))[:2]:
+                    path.unlink()
+
+        trainer.fit(stream(3), epochs=4, on_step=lose)
+        return {"digest": digest(trainer.model), "log": logged(trainer)}
+
+    top = {"choose": lambda profile, step: [name for name in profile.names if int(name[0]) >= 4]}
+    return {
+        "without": trained(None, **top),
+        "with": trained(folder / "store", **top),
+        "by_importance": trained(folder / "store-of-another", budget=0.5),
+    }
+
+
 # --- checkpoints and FSDP2 ----------------------------------------------------------------------------------------
 
 

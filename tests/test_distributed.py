@@ -28,6 +28,7 @@ NAMES = (
     "interrupted",
     "interrupted_without_checkpoints",
     "resumed",
+    "reused",
     "fsdp2",
     "accelerated",
     "in_the_trainer",
@@ -313,3 +314,23 @@ def test_fsdp2_in_the_trainer_is_one_process_on_the_joined_batches(folder: Path,
         assert ours == pytest.approx(theirs, rel=1e-2)
     for name, tensor in trainer.model.named_parameters():
         torch.testing.assert_close(torch.tensor(first["weights"][name]), tensor.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_reuse_a_frozen_prefix(folder: Path) -> None:
+    """The weights are those without reuse to the bit, and a rank that lacks an entry computes it."""
+    first, second = ranks(folder, "reused")
+    for run in ("without", "with", "by_importance"):
+        assert first[run] == second[run], run
+    elements = sum(tensor.numel() for name, tensor in scenarios.model().named_parameters() if int(name[0]) >= 4)
+    for run in ("without", "with"):  # DDP divides the gradients of each rank
+        steps = first[run]["log"]["steps"]
+        assert [step["executed_flops"] - step["planned_flops"] for step in steps] == [2 * elements] * 12
+    assert first["with"]["digest"] == first["without"]["digest"]
+    is_reused = [step["reused"] for step in first["with"]["log"]["steps"]]
+    assert is_reused[:3] == [False] * 3
+    assert not all(is_reused[4:7])
+    assert all(is_reused[9:])
+    by_importance = first["by_importance"]["log"]
+    assert all(record["held"] for record in by_importance["selections"])
+    steps = by_importance["steps"]
+    assert sum(step["planned_flops"] for step in steps) <= 0.5 * sum(step["full_flops"] for step in steps)

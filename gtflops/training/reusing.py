@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from gtflops.capture import Loss
 from gtflops.errors import InputError, UnsupportedModelError
@@ -215,6 +216,11 @@ def reusing_of(
         raise InputError(
             "reuse='prefix' keeps activations on the disk: expected store, a folder, or "
             "gtflops.reuse.ActivationStore(folder, max_bytes=...)"
+        )
+    if any(isinstance(tensor, DTensor) for tensor in model.parameters()):
+        raise UnsupportedModelError(
+            f"the tensors of {profile.graph.model} are sharded, and what a frozen prefix is cannot be told from a part "
+            "of it; expected a model that each process holds whole (DDP), or no reuse"
         )
     if not profile.blocks:
         raise UnsupportedModelError(
