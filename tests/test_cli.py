@@ -260,8 +260,8 @@ def test_report_of_a_logged_run(tiny: Path, pairs: Path, tmp_path: Path) -> None
     assert told["planned_flops"] == trained["planned_flops"]
     assert told["measuring_flops"] == trained["measuring_flops"]
     assert told["energy"] == trained["energy"]
-    assert [(event["step"], event["names"]) for event in told["selections"]] == [
-        (selection["step"], selection["names"]) for selection in trained["selections"]
+    assert [(event["step"], event["names"], event["importance_captured"]) for event in told["selections"]] == [
+        (selection["step"], selection["names"], selection["importance_captured"]) for selection in trained["selections"]
     ]
 
     def refused(change: Callable[[dict[str, Any]], None], line: int) -> str:

@@ -210,7 +210,7 @@ def test_energy_end_and_drop_of_a_run(profile: Profile, log: TrainingLog, tmp_pa
 @pytest.mark.parametrize("suffix", [".json", ".md", ".html"])
 def test_selections_without_importance(profile: Profile, log: TrainingLog, tmp_path: Path, suffix: str) -> None:
     steps = [replace(step, predicted_drop=None, real_drop=None) for step in log.steps]
-    records = [replace(record, selection=None, budget=None) for record in log.selections]
+    records = [replace(record, selection=None, importance_captured=None, budget=None) for record in log.selections]
     path = tmp_path / f"report{suffix}"
     write(path, profile, log=TrainingLog(steps, records))
     text = path.read_text()

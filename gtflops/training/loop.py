@@ -335,6 +335,7 @@ class GreenTrainer:
             budget=share,
             seconds=time.perf_counter() - started,
             selection=selection,
+            importance_captured=None if selection is None else selection.importance_captured,
         )
         self.log.selections.append(record)
         return record

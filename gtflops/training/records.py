@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gtflops.importance import ImportanceCheck
 from gtflops.profiling import Profile
 from gtflops.selection import Selection
 from gtflops.training.energy import Energy
+
+if TYPE_CHECKING:
+    from gtflops.importance import ImportanceCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +17,9 @@ class SelectionRecord:
     """What is trained from here on. ``step`` counts the optimizer steps before it.
 
     ``flops`` and ``full_flops`` are those of a step on the batch that it was made for, ``budget`` the share that was
-    asked for (``None`` without one), ``seconds`` what measuring and selecting took. ``selection`` has the proof and the
-    importances, where the tensors were selected by importance.
+    asked for (``None`` without one), ``seconds`` what measuring and selecting took. Where the tensors were selected by
+    importance, ``importance_captured`` is the share of all positive importance that is trained, and ``selection`` has
+    the proof and the importances, unless the record is from a log without them.
     """
 
     step: int
@@ -27,11 +30,7 @@ class SelectionRecord:
     budget: float | None
     seconds: float
     selection: Selection | None
-
-    @property
-    def importance_captured(self) -> float | None:
-        """Share of all positive importance that is trained; ``None`` where none was measured."""
-        return None if self.selection is None else self.selection.importance_captured
+    importance_captured: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` is the inverse."""
@@ -61,6 +60,7 @@ class SelectionRecord:
             budget=data["budget"],
             seconds=data["seconds"],
             selection=None if selection is None else Selection.from_json(profile, selection, data["importance"]),
+            importance_captured=data["importance_captured"],
         )
 
 
@@ -87,10 +87,12 @@ class StepRecord:
     real_drop: float | None = None
 
     @property
-    def check(self) -> ImportanceCheck | None:
+    def check(self) -> "ImportanceCheck | None":
         """Does the estimate hold? ``None`` for a step that did not check it."""
         if self.predicted_drop is None or self.real_drop is None or self.loss is None:
             return None
+        from gtflops.importance import ImportanceCheck  # needs torch, without which a log can be read
+
         return ImportanceCheck(self.predicted_drop, self.loss, self.loss - self.real_drop)
 
 
