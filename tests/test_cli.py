@@ -263,6 +263,14 @@ def test_report_of_a_logged_run(tiny: Path, pairs: Path, tmp_path: Path) -> None
     assert [(event["step"], event["names"], event["importance_captured"]) for event in told["selections"]] == [
         (selection["step"], selection["names"], selection["importance_captured"]) for selection in trained["selections"]
     ]
+    used = [step["kwh"] for step in told["steps"]]
+    assert used == [line["kwh"] for line in gtflops.training.read_log(log) if line["record"] == "step"]
+    assert 0 < used[0] <= used[-1] <= told["energy"]["kwh"]
+    code = "import sys\nfrom gtflops.cli import app\napp(sys.argv[1:], standalone_mode=False)\nprint(*sys.modules)"
+    arguments = ["report", profile, "--log", log, "-o", tmp_path / "again.html"]
+    modules = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert "gtflops.training.records" in modules.stdout.split()
+    assert "torch" not in modules.stdout.split()
 
     def refused(change: Callable[[dict[str, Any]], None], line: int) -> str:
         lines = [json.loads(text) for text in log.read_text().splitlines()]

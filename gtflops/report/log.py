@@ -49,6 +49,8 @@ def training_log(path: Path, profile: Profile) -> TrainingLog:
                     seconds=line.number("seconds"),
                     predicted_drop=line.number("predicted_drop"),
                     real_drop=line.number("real_drop"),
+                    kwh=line.number("kwh"),
+                    co2_kg=line.number("co2_kg"),
                 )
             )
         elif line.record == "selection":

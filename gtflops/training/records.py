@@ -72,7 +72,8 @@ class StepRecord:
     ``seconds`` are ``None`` where they were not observed: in a loop of the user's own, or without ``count_executed``.
     ``learning_rate`` is that of the first parameter group, ``None`` for an optimizer that finds its own.
     The first step after a selection has what the loss was to fall by, to first order, and what it fell by, unless an
-    estimate of late held at a learning rate that was no lower.
+    estimate of late held at a learning rate that was no lower. ``kwh`` and ``co2_kg`` are what all of the run had used
+    by the end of the step, where that is measured, read a second before at the earliest.
     """
 
     step: int
@@ -85,6 +86,8 @@ class StepRecord:
     seconds: float | None = None
     predicted_drop: float | None = None
     real_drop: float | None = None
+    kwh: float | None = None
+    co2_kg: float | None = None
 
     @property
     def check(self) -> "ImportanceCheck | None":
