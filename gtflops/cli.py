@@ -18,7 +18,7 @@ from rich.table import Table
 
 from gtflops.errors import GtflopsError, InputError
 from gtflops.operators import Entry, Kind
-from gtflops.units import Unit, quantity_of
+from gtflops.units import Unit, count_of, quantity_of
 
 if TYPE_CHECKING:
     from gtflops.profiling import Profile
@@ -127,7 +127,10 @@ MustTrain = Annotated[
 MustFreeze = Annotated[
     list[str] | None, typer.Option(help="Train no tensors of such names, as 'model.embed*'; repeatable.")
 ]
-MaxElements = Annotated[int | None, typer.Option(help="Elements that all trained tensors may have together.", min=1)]
+MaxElements = Annotated[
+    str | None,
+    typer.Option(help="Elements that all trained tensors may have together, as 30000000, '30M' or '1.5B'."),
+]
 Steps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
 Every = Annotated[int, typer.Option(help="Optimizer steps between two selections.", min=1)]
 
@@ -283,7 +286,7 @@ def select_command(
     _require_flops(unit, as_json)
     _require_writable(html, ".html")
     _require_free(html, force)
-    limit = _limit(budget)
+    limit, elements = _limit(budget), _elements(max_elements)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
     with err.status("selecting"):
@@ -295,7 +298,7 @@ def select_command(
             granularity=granularity.value,
             must_train=must_train or (),
             must_freeze=must_freeze or (),
-            max_elements=max_elements,
+            max_elements=elements,
             cost=cost.value,
             allow_unsupported=allow_unsupported,
         )
@@ -339,6 +342,7 @@ def frontier_command(
     from gtflops.report.terminal import frontier_table
 
     _require_flops(unit, as_json)
+    elements = _elements(max_elements)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
     with err.status(f"selecting within {budgets} budgets"):
@@ -350,7 +354,7 @@ def frontier_command(
             granularity=granularity.value,
             must_train=must_train or (),
             must_freeze=must_freeze or (),
-            max_elements=max_elements,
+            max_elements=elements,
             cost=cost.value,
             allow_unsupported=allow_unsupported,
         )
@@ -1321,6 +1325,20 @@ def _limit(budget: str) -> dict[str, Any]:
     if unit == "FLOP":
         return {"budget_flops": int(exact)}
     return {"budget_seconds" if unit == "s" else "budget": amount}
+
+
+def _elements(limit: str | None) -> int | None:
+    if limit is None:
+        return None
+    try:
+        count = count_of(limit)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise InputError(
+            f"--max-elements is {limit!r}, expected a whole number from 1 on, such as 30000000, '30M' or '1.5B'"
+        )
+    return count
 
 
 def _importance(given: str, costs: "Profile") -> dict[str, float]:

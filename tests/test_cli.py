@@ -131,7 +131,7 @@ def test_select_under_conditions(saved: Path) -> None:
     importance = {tensor.name: float(tensor.numel) for tensor in profile.tensors}
     command = ["select", saved, "--importance", "numel", "--budget", "0.8", "--json"]
     arguments = ["--form", "chain", "--must-train", "*.ln_f.*", "--must-train", "*.h.11.*.bias"]
-    arguments += ["--must-freeze", "*.wte.*", "--max-elements", "30000000"]
+    arguments += ["--must-freeze", "*.wte.*", "--max-elements", "30M"]
     by_command = json.loads(run(*command, *arguments).stdout)
     assert (
         by_command
@@ -573,6 +573,9 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["frontier", "SAVED", "--importance", "numel", "--cost", "time"], "has none for this batch"),
         (["frontier", "SAVED", "--importance", "numel", "--max-elements", "5"], "the smallest has 768"),
         (["frontier", "SAVED", "--importance", "SAVED"], "lacks"),
+        (["frontier", "SAVED", "--importance", "numel", "--max-elements", "30X"], "--max-elements is '30X', expected"),
+        (["select", "SAVED", "--importance", "numel", "--max-elements", "0"], "expected a whole number from 1 on"),
+        (["select", "SAVED", "--importance", "numel", "--max-elements", "0.5"], "such as 30000000, '30M' or '1.5B'"),
         (
             ["report", "SAVED", "-o", "report.txt"],
             "report.txt has the suffix '.txt', expected .html, .md, .json or .csv",
