@@ -77,9 +77,26 @@ class GranularityOption(StrEnum):
     LAYER = "layer"
 
 
+def _presets(incomplete: str) -> list[str]:
+    """What a shell proposes for a model; it proposes files where this is nothing."""
+    from importlib.resources import files  # of what gtflops.capture reads, which needs torch
+
+    text = files("gtflops").joinpath("capture", "presets.json").read_text(encoding="utf-8")
+    return [name for name in json.loads(text) if name.startswith(incomplete)]
+
+
+def _weights(incomplete: str) -> list[str]:
+    """The same where weights are needed: a preset is a Hugging Face id."""
+    return [name for name in ("smollm2", *_presets("")) if name.startswith(incomplete)]
+
+
 Model = Annotated[
     str,
-    typer.Argument(help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.", show_default=False),
+    typer.Argument(
+        help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.",
+        show_default=False,
+        autocompletion=_presets,
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch; 4 unless given.", min=1)]
 SeqLen = Annotated[
@@ -218,7 +235,12 @@ def profile_command(
 
 @app.command("verify")
 def verify_command(
-    model: Annotated[str, typer.Argument(help="A local folder, a preset, or a Hugging Face id.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A local folder, a preset, or a Hugging Face id.", show_default=False, autocompletion=_presets
+        ),
+    ],
     selections: Annotated[int, typer.Option(help="Random selections, besides none, all, first and last.", min=0)] = 5,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
@@ -438,7 +460,10 @@ def report_command(
 @app.command("ops")
 def ops_command(
     model: Annotated[
-        str | None, typer.Option(help="List what this model uses: a saved profile, a folder, a preset or an id.")
+        str | None,
+        typer.Option(
+            help="List what this model uses: a saved profile, a folder, a preset or an id.", autocompletion=_presets
+        ),
     ] = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
@@ -477,7 +502,9 @@ def ops_command(
 Weights = Annotated[
     str,
     typer.Argument(
-        help="'smollm2', a local folder, a GGUF file, or a Hugging Face id, with weights.", show_default=False
+        help="'smollm2', a local folder, a GGUF file, or a Hugging Face id, with weights.",
+        show_default=False,
+        autocompletion=_weights,
     ),
 ]
 Data = Annotated[
