@@ -1485,7 +1485,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # torchrun's first process speaks for all
     try:
-        code = app(prog_name="gtflops", standalone_mode=False)
+        code = app(_debug_first(sys.argv[1:]), prog_name="gtflops", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # what reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
@@ -1496,6 +1496,14 @@ def main() -> None:
     except Exception as error:
         code = _say_error(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _debug_first(words: list[str]) -> list[str]:
+    """``--debug`` is an option of gtflops itself, and may stand behind the name of a command as well."""
+    ours = words[: words.index("--")] if "--" in words else words
+    if "--debug" not in ours:
+        return words
+    return ["--debug", *(word for word in ours if word != "--debug"), *words[len(ours) :]]
 
 
 def _say_error(error: Exception) -> int:
@@ -1511,7 +1519,7 @@ def _say_error(error: Exception) -> int:
     elif isinstance(error, OSError):
         words = f"{type(error).__name__} {error}"
     elif not isinstance(error, GtflopsError):
-        code, words = 1, f"{type(error).__name__} {error}; gtflops did not expect this: --debug, first, shows where"
+        code, words = 1, f"{type(error).__name__} {error}; gtflops did not expect this: --debug shows where"
     err.print("[bold red]error:[/]", end=" ")
     err.print(" ".join(words.splitlines()), markup=False, highlight=False, soft_wrap=True)
     return code

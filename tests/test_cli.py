@@ -630,7 +630,10 @@ def test_errors_are_one_line(saved: Path, tiny: Path, arguments: list[str], mess
 
 
 def test_debug_shows_the_traceback() -> None:
-    assert "Traceback" in run("--debug", "profile", "absent.json", expect=1).stderr
+    """Before the command and behind it; after a double hyphen, words are no options."""
+    for arguments in (["--debug", "profile", "absent.json"], ["profile", "absent.json", "--debug"]):
+        assert "Traceback" in run(*arguments, expect=1).stderr
+    assert "Traceback" not in run("profile", "--", "--debug", expect=2).stderr
 
 
 def test_the_packaged_model_and_data() -> None:

@@ -133,7 +133,7 @@ def test_a_command_that_cannot_be_read_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("error", "code", "expected"),
     [
-        (KeyError("seq"), 1, "error: KeyError 'seq'; gtflops did not expect this: --debug, first, shows where\n"),
+        (KeyError("seq"), 1, "error: KeyError 'seq'; gtflops did not expect this: --debug shows where\n"),
         (OSError(28, "No space left on device"), 2, "error: OSError [Errno 28] No space left on device\n"),
         (gtflops.InputError("two\nlines"), 2, "error: InputError two lines\n"),
         (KeyboardInterrupt(), 130, ""),
