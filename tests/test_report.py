@@ -236,6 +236,7 @@ def test_energy_over_steps(profile: Profile, log: TrainingLog, tmp_path: Path, s
         by_axis = {trace["yaxis"]: trace for trace in chart["data"]}
         assert (by_axis["y3"]["y"], by_axis["y4"]["y"]) == (used, co2)
         assert all(trace["x"] == list(range(len(steps))) for trace in chart["data"])
+        assert chart["layout"]["yaxis4"]["range"] == [0, 1.25 * steps[-1].co2_kg]
         assert "energy and CO2 so far" in with_energy.read_text(encoding="utf-8")
         assert [trace["yaxis"] for trace in none["data"]] == ["y", "y2"]
         assert "CO2" not in "".join(strings(none))

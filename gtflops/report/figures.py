@@ -250,7 +250,8 @@ def loss_and_flops(summary: Summary) -> Figure:
         return figure
     co2 = _line(steps, [step.co2_kg for step in steps], "y4", "--forward", "%{y:.4g} kg of CO2 so far")
     co2["line"]["dash"] = "dash"  # not told from the other by colour alone
-    used_axis = {"tickformat": "~g", "rangemode": "tozero", "nticks": 5}
+    used_axis = {"tickformat": ".3~g", "rangemode": "tozero", "nticks": 5}
+    most_co2 = max(step.co2_kg or 0.0 for step in steps)
     figure["data"] += [_line(steps, [step.kwh for step in steps], "y3", "--ink", "%{y:.4g} kWh so far"), co2]
     figure["layout"] |= {
         "height": 600,
@@ -258,7 +259,15 @@ def loss_and_flops(summary: Summary) -> Figure:
         "yaxis": {"domain": [0.72, 0.96]},
         "yaxis2": {**flops_axis, "domain": [0.37, 0.61]},
         "yaxis3": {**used_axis, "domain": [0, 0.26]},
-        "yaxis4": {**used_axis, "overlaying": "y3", "side": "right", "showgrid": False},
+        "yaxis4": {
+            **used_axis,
+            "overlaying": "y3",
+            "side": "right",
+            "showgrid": False,
+            "tickmode": "auto",
+            # Where the grid's intensity does not change, both lines would else lie on each other.
+            "range": [0, 1.25 * most_co2 or 1],
+        },
         "annotations": [
             _panel_title("Loss", 1.0),
             _panel_title("Planned FLOP of training steps, summed", 0.65),
