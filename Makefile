@@ -23,7 +23,7 @@ $(VENV)/installed: $(BUILT_FROM)
 	touch $@
 
 demo: install
-	$(PYTHON) -m gtflops demo
+	$(PYTHON) -m gtflops demo --force
 
 test: test-cpp
 	$(PYTHON) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4

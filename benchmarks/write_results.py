@@ -55,8 +55,8 @@ STEP_TIME = """
 SmolLM2-135M, 4 x 128 tokens, AdamW as PyTorch makes it, importances measured on that batch. A step is forward pass,
 backward pass and optimizer; its FLOPs are those of both passes. Each step is compared to the full step before it; the
 share of time is the median over these pairs. The target is a share of time of at most {points:g} points above that of
-FLOPs; "everything" against itself shows the noise. With reuse, steps are those of later epochs, which read what is stored
-below the boundary; the target for them is {reused:g} points.
+FLOPs; "everything" against itself shows the noise. With reuse, steps are those of later epochs, which read what is
+stored below the boundary; the target for them is {reused:g} points.
 
 """
 

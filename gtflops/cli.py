@@ -18,7 +18,7 @@ from rich.table import Table
 
 from gtflops.errors import GtflopsError, InputError
 from gtflops.operators import Entry, Kind
-from gtflops.units import Unit, quantity_of
+from gtflops.units import Unit, count_of, format_exactly, format_flops, format_seconds, quantity_of
 
 if TYPE_CHECKING:
     from gtflops.profiling import Profile
@@ -77,9 +77,26 @@ class GranularityOption(StrEnum):
     LAYER = "layer"
 
 
+def _presets(incomplete: str) -> list[str]:
+    """What a shell proposes for a model; it proposes files where this is nothing."""
+    from importlib.resources import files  # of what gtflops.capture reads, which needs torch
+
+    text = files("gtflops").joinpath("capture", "presets.json").read_text(encoding="utf-8")
+    return [name for name in json.loads(text) if name.startswith(incomplete)]
+
+
+def _weights(incomplete: str) -> list[str]:
+    """The same where weights are needed: a preset is a Hugging Face id."""
+    return [name for name in ("smollm2", *_presets("")) if name.startswith(incomplete)]
+
+
 Model = Annotated[
     str,
-    typer.Argument(help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.", show_default=False),
+    typer.Argument(
+        help="A saved profile (.json), a local folder, a preset, or a Hugging Face id.",
+        show_default=False,
+        autocompletion=_presets,
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch; 4 unless given.", min=1)]
 SeqLen = Annotated[
@@ -97,7 +114,7 @@ UnitOption = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.", dir_okay=False)]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
 Budget = Annotated[float, typer.Option(help="Share of a full step's FLOPs that a step may cost, in (0, 1].")]
 StepBudget = Annotated[
     str,
@@ -127,7 +144,10 @@ MustTrain = Annotated[
 MustFreeze = Annotated[
     list[str] | None, typer.Option(help="Train no tensors of such names, as 'model.embed*'; repeatable.")
 ]
-MaxElements = Annotated[int | None, typer.Option(help="Elements that all trained tensors may have together.", min=1)]
+MaxElements = Annotated[
+    str | None,
+    typer.Option(help="Elements that all trained tensors may have together, as 30000000, '30M' or '1.5B'."),
+]
 Steps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
 Every = Annotated[int, typer.Option(help="Optimizer steps between two selections.", min=1)]
 
@@ -215,7 +235,12 @@ def profile_command(
 
 @app.command("verify")
 def verify_command(
-    model: Annotated[str, typer.Argument(help="A local folder, a preset, or a Hugging Face id.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A local folder, a preset, or a Hugging Face id.", show_default=False, autocompletion=_presets
+        ),
+    ],
     selections: Annotated[int, typer.Option(help="Random selections, besides none, all, first and last.", min=0)] = 5,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
@@ -283,7 +308,7 @@ def select_command(
     _require_flops(unit, as_json)
     _require_writable(html, ".html")
     _require_free(html, force)
-    limit = _limit(budget)
+    limit, elements = _limit(budget), _elements(max_elements)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
     with err.status("selecting"):
@@ -295,7 +320,7 @@ def select_command(
             granularity=granularity.value,
             must_train=must_train or (),
             must_freeze=must_freeze or (),
-            max_elements=max_elements,
+            max_elements=elements,
             cost=cost.value,
             allow_unsupported=allow_unsupported,
         )
@@ -339,6 +364,7 @@ def frontier_command(
     from gtflops.report.terminal import frontier_table
 
     _require_flops(unit, as_json)
+    elements = _elements(max_elements)
     costs = _profile(model, batch_size, seq_len, decoder_len, attention)
     _require_cost(costs, cost, model)
     with err.status(f"selecting within {budgets} budgets"):
@@ -350,7 +376,7 @@ def frontier_command(
             granularity=granularity.value,
             must_train=must_train or (),
             must_freeze=must_freeze or (),
-            max_elements=max_elements,
+            max_elements=elements,
             cost=cost.value,
             allow_unsupported=allow_unsupported,
         )
@@ -434,7 +460,10 @@ def report_command(
 @app.command("ops")
 def ops_command(
     model: Annotated[
-        str | None, typer.Option(help="List what this model uses: a saved profile, a folder, a preset or an id.")
+        str | None,
+        typer.Option(
+            help="List what this model uses: a saved profile, a folder, a preset or an id.", autocompletion=_presets
+        ),
     ] = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
@@ -473,7 +502,9 @@ def ops_command(
 Weights = Annotated[
     str,
     typer.Argument(
-        help="'smollm2', a local folder, a GGUF file, or a Hugging Face id, with weights.", show_default=False
+        help="'smollm2', a local folder, a GGUF file, or a Hugging Face id, with weights.",
+        show_default=False,
+        autocompletion=_weights,
     ),
 ]
 Data = Annotated[
@@ -627,6 +658,8 @@ def train_command(
     save: Annotated[Path | None, typer.Option(help="Folder for the trained model.", file_okay=False)] = None,
     save_importance: Annotated[Path | None, typer.Option(help="Write the last importances here (JSON).")] = None,
     html: Html = None,
+    force: Force = False,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a language model, under a budget or by a scheme to compare with.
@@ -648,14 +681,17 @@ def train_command(
     from gtflops.report.log import end_line
     from gtflops.training import processes
 
-    _require_writable(html, ".html")
-    _require_writable(save_importance)
-    _require_writable(log)
+    _require_flops(unit, as_json)
+    if (resume or checkpoint_every is not None) and checkpoints is None:
+        raise InputError(f"{'--resume' if resume else '--checkpoint-every'} needs the folder of --checkpoints")
+    for path, suffix in ((html, ".html"), (save_importance, ""), (log, "")):
+        _require_writable(path, suffix)
+    for path in (html, save_importance, None if resume else log):  # a run that is resumed goes on in its log
+        _require_free(path, force)
+    _require_free(save, force, is_folder=True)
     for folder in (save, checkpoints, tensorboard):
         if folder is not None:
             _make_folder(folder)
-    if (resume or checkpoint_every is not None) and checkpoints is None:
-        raise InputError(f"{'--resume' if resume else '--checkpoint-every'} needs the folder of --checkpoints")
     conditions = {
         "--budget": budget,
         "--total": total,
@@ -669,7 +705,8 @@ def train_command(
         raise InputError(f"{given[0]} is for the scheme greentrainer, which selects; {scheme} does not")
     moving = _budget(budget, total, grid, shares, energy)
     meter = None if energy is None else _meter(energy)
-    watchers = _watchers(log, tensorboard)
+    # What _require_free let pass may be replaced; a file that has come since then may not.
+    watchers = _watchers(log, tensorboard, replace=log is not None and log.exists())
     examples = _data(data, data_path, columns, validation)
     with processes.started() as own_device, _progress() as advance:
         settings = FineTuneSettings(
@@ -722,7 +759,7 @@ def train_command(
         _print_json(_run_json(result))
     else:
         label = total or (f"by {grid}" if grid is not None else f"budget {budget or '0.5'}")
-        out.print(_runs_table({label if result.scheme.budgeted else result.scheme.name: result}))
+        out.print(_runs_table({label if result.scheme.budgeted else result.scheme.name: result}, unit))
     if save_importance is not None and result.selection is not None:
         write_whole(save_importance, json.dumps(dict(result.selection.importance), indent=1))
     if html is not None:
@@ -766,6 +803,7 @@ def compare_command(
     device: Device = None,
     allow_unsupported: AllowUnsupported = False,
     energy: EnergyOption = None,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """Several schemes from the same weights and seeds, in one table.
@@ -779,6 +817,7 @@ def compare_command(
     from gtflops.recipes.compare import compare
     from gtflops.recipes.finetune import FineTuneSettings
 
+    _require_flops(unit, as_json)
     names = [name.strip() for name in schemes.split(",") if name.strip()]
     given = _given({"--budget": budget, "--total": total, "--grid": grid})
     if given and "greentrainer" not in names:
@@ -817,7 +856,7 @@ def compare_command(
     if as_json:
         _print_json(_comparison_json(compared))
     else:
-        _print_wide(_comparison_table(compared))
+        _print_wide(_comparison_table(compared, unit))
     for name, made in compared.runs.items():
         _say_stopped(made, settings.steps, f"{name} ")
     for name, message in compared.failed.items():
@@ -906,10 +945,10 @@ def _meter(energy: str) -> "EnergyMeter":
     return EnergyMeter(intensity=grams)
 
 
-def _watchers(log: Path | None, tensorboard: Path | None) -> "list[Watcher]":
+def _watchers(log: Path | None, tensorboard: Path | None, *, replace: bool) -> "list[Watcher]":
     from gtflops.training import JsonLines, TensorBoard
 
-    watchers: list[Watcher] = [] if log is None else [JsonLines(log)]
+    watchers: list[Watcher] = [] if log is None else [JsonLines(log, replace=replace)]
     return watchers if tensorboard is None else [*watchers, TensorBoard(tensorboard)]
 
 
@@ -958,6 +997,8 @@ def demo_command(
     every: Every = 5,
     budget: Budget = 0.5,
     seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
+    force: Force = False,
+    unit: UnitOption = Unit.FLOPS,
     as_json: AsJson = False,
 ) -> None:
     """SmolLM2-135M on ACLSum, full fine-tuning and under a budget, side by side.
@@ -968,26 +1009,31 @@ def demo_command(
     from gtflops.recipes.demo import run_demo
     from gtflops.recipes.finetune import FineTuneSettings
 
+    _require_flops(unit, as_json)
+    report, figures = folder / "report.html", folder / "results.json"
+    for path in (report, figures):
+        _require_free(path, force)
     _make_folder(folder)
     with _progress() as advance:
         demo = run_demo(FineTuneSettings(steps=steps, every=every, budget=budget, seed=seed), advance)
     results = _demo_json(demo)
-    write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    _write_html(folder / "report.html", demo.profile, demo.budgeted.selection, demo.budgeted.log)
+    write_whole(figures, json.dumps(results, indent=1, allow_nan=False))
+    _write_html(report, demo.profile, demo.budgeted.selection, demo.budgeted.log)
     if as_json:
         _print_json(results)
     else:
-        out.print(_runs_table({"full": demo.full, f"budget {budget:g}": demo.budgeted}))
-        forward = demo.profile.step_flops("none", ops="matmul").forward
-        by_fvcore = "not counted" if demo.fvcore_forward is None else f"{demo.fvcore_forward:,}"
-        out.print(f"Forward pass, matrix products: {forward:,} FLOP by gtflops, {by_fvcore} by fvcore (MACs x 2).")
+        out.print(_runs_table({"full": demo.full, f"budget {budget:g}": demo.budgeted}, unit))
+        forward = format_exactly(demo.profile.step_flops("none", ops="matmul").forward, unit)
+        by_fvcore = "not counted" if demo.fvcore_forward is None else format_exactly(demo.fvcore_forward, unit)
+        twice = " (MACs x 2)" if unit is Unit.FLOPS else ""
+        out.print(f"Forward pass, matrix products: {forward} {unit.symbol} by gtflops, {by_fvcore} by fvcore{twice}.")
         out.print(
             f"SmolLM2-135M-Instruct on ACLSum, {steps} steps of {demo.settings.batch_size} x {demo.settings.seq_len} "
             f"tokens, AdamW {demo.settings.learning_rate:g}, float32, {demo.threads} threads, seed {seed}; "
             f"Python {demo.python}, " + ", ".join(f"{name} {number}" for name, number in demo.versions.items()),
             highlight=False,
         )
-    _say_written(folder / "report.html", folder / "results.json")
+    _say_written(report, figures)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------
@@ -1002,11 +1048,9 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
     return {"operators": entry.ops, "kind": entry.kind, "formula": entry.text, "source": entry.source}
 
 
-def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
+def _runs_table(runs: "dict[str, FineTuneResult]", unit: Unit) -> Table:
     """Runs side by side, a column each."""
-    from gtflops.units import format_flops, format_seconds
-
-    table = Table(title="Fine-tuning under a budget of FLOPs", title_justify="left")
+    table = Table(title=f"Fine-tuning under a budget of {unit.symbol}s", title_justify="left")
     table.add_column("")
     for name in runs:
         table.add_column(name, justify="right")
@@ -1014,17 +1058,17 @@ def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
     def row(label: str, cell: "Callable[[FineTuneResult], str]") -> None:
         table.add_row(label, *(cell(result) for result in runs.values()))
 
-    row("planned FLOPs, all steps", lambda run: format_flops(run.log.planned_flops))
+    row(f"planned {unit.symbol}s, all steps", lambda run: format_flops(run.log.planned_flops, unit))
     row(
-        "planned FLOPs a step, share of full",
+        f"planned {unit.symbol}s a step, share of full",
         lambda run: f"{run.log.steps[0].planned_flops / run.log.steps[0].full_flops:.3f}",
     )
-    row("FLOPs to measure importance", lambda run: format_flops(run.log.measuring_flops))
+    row(f"{unit.symbol}s to measure importance", lambda run: format_flops(run.log.measuring_flops, unit))
     table.add_section()
-    row("one step, planned", lambda run: f"{run.counted.planned:,}")
-    row("one step, executed (gtflops' table)", lambda run: f"{run.counted.executed:,}")
-    row("one step, planned, matrix products", lambda run: f"{run.counted.planned_matmul:,}")
-    row("one step, executed, by PyTorch's counter", lambda run: f"{run.counted.pytorch_matmul:,}")
+    row("one step, planned", lambda run: format_exactly(run.counted.planned, unit))
+    row("one step, executed (gtflops' table)", lambda run: format_exactly(run.counted.executed, unit))
+    row("one step, planned, matrix products", lambda run: format_exactly(run.counted.planned_matmul, unit))
+    row("one step, executed, by PyTorch's counter", lambda run: format_exactly(run.counted.pytorch_matmul, unit))
     table.add_section()
     row("seconds of training steps", lambda run: format_seconds(sum(step.seconds or 0 for step in run.log.steps)))
     row("seconds of selecting", lambda run: format_seconds(sum(record.seconds for record in run.log.selections)))
@@ -1072,10 +1116,8 @@ _METRICS = {
 }
 
 
-def _comparison_table(compared: "Comparison") -> Table:
+def _comparison_table(compared: "Comparison", unit: Unit) -> Table:
     """A row for each scheme."""
-    from gtflops.units import format_flops, format_seconds
-
     runs = compared.runs
     settings = next(iter(compared.settings.values()))
     before = next((f", validation loss before {run.loss_before:.4f}" for run in runs.values()), "")
@@ -1085,8 +1127,8 @@ def _comparison_table(compared: "Comparison") -> Table:
     table = Table(
         title=f"{compared.data}, {settings.steps} steps of {settings.batch_size} x {settings.seq_len} tokens{before}",
         title_justify="left",
-        caption="Share: planned FLOPs of the steps by those of full fine-tuning. Measuring: FLOPs to measure "
-        f"importance, not in the share. Time: of the steps; selecting comes on top.{memory}",
+        caption=f"Share: planned {unit.symbol}s of the steps by those of full fine-tuning. Measuring: {unit.symbol}s "
+        f"to measure importance, not in the share. Time: of the steps; selecting comes on top.{memory}",
         caption_justify="left",
     )
     metrics = list(dict.fromkeys(metric for run in runs.values() for metric in run.quality))
@@ -1099,14 +1141,14 @@ def _comparison_table(compared: "Comparison") -> Table:
         executed = run.log.executed_flops
         table.add_row(
             label,
-            format_flops(run.log.planned_flops),
+            format_flops(run.log.planned_flops, unit),
             f"{run.flops_share:.3f}",
             "not counted"
             if executed is None
             else "equal"
             if executed == run.log.planned_flops
-            else format_flops(executed),
-            format_flops(run.log.measuring_flops),
+            else format_flops(executed, unit),
+            format_flops(run.log.measuring_flops, unit),
             format_seconds(run.train_seconds),
             format_seconds(run.log.seconds - run.train_seconds),
             "" if run.memory is None else f"{run.memory.peak_bytes / 1e6:,.0f} MB",
@@ -1323,6 +1365,20 @@ def _limit(budget: str) -> dict[str, Any]:
     return {"budget_seconds" if unit == "s" else "budget": amount}
 
 
+def _elements(limit: str | None) -> int | None:
+    if limit is None:
+        return None
+    try:
+        count = count_of(limit)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise InputError(
+            f"--max-elements is {limit!r}, expected a whole number from 1 on, such as 30000000, '30M' or '1.5B'"
+        )
+    return count
+
+
 def _importance(given: str, costs: "Profile") -> dict[str, float]:
     return {tensor.name: float(tensor.numel) for tensor in costs.tensors} if given == "numel" else _read(given)
 
@@ -1373,16 +1429,21 @@ def _saved_selection(path: Path, costs: "Profile", importance: dict[str, float])
     return selection
 
 
-def _require_free(path: Path | None, force: bool) -> None:
-    """What is there already is replaced only by --force, or when a person at the terminal says so."""
-    if path is None or not path.exists():
+def _require_free(path: Path | None, force: bool, *, is_folder: bool = False) -> None:
+    """What is there already is replaced only by --force, or when a person at the terminal says so.
+
+    Asked before the work, so that nothing of it is lost. Of a folder, what is in it. What is empty may be replaced.
+    """
+    if path is None or not path.exists() or not _is_first():
         return
-    if path.is_dir():
+    if path.is_dir() and not is_folder:
         raise InputError(f"{path} is a folder, expected the name of a file in it")
-    if force:
+    is_empty = not any(path.iterdir()) if path.is_dir() else path.is_file() and not path.stat().st_size
+    if force or is_empty:
         return
-    if not sys.stdin.isatty() or not typer.confirm(f"{path} exists. Replace it?", err=True):
-        raise InputError(f"{path} exists; --force replaces it")
+    state, what = ("has files", "files in it") if path.is_dir() else ("exists", "it")
+    if not sys.stdin.isatty() or not typer.confirm(f"{path} {state}. Replace {what}?", err=True):
+        raise InputError(f"{path} {state}; --force replaces {what}")
 
 
 def _require_writable(path: Path | None, suffix: str = "") -> None:
@@ -1433,14 +1494,19 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
+def _is_first() -> bool:
+    """Of the processes that torchrun started, the one that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main() -> None:
     """Run the command line and leave with the exit code that ``gtflops --help`` documents."""
     # The notices of the libraries below would stand between ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # torchrun's first process speaks for all
+    out.quiet = err.quiet = not _is_first()
     try:
-        code = app(prog_name="gtflops", standalone_mode=False)
+        code = app(_debug_first(sys.argv[1:]), prog_name="gtflops", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # what reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
@@ -1451,6 +1517,14 @@ def main() -> None:
     except Exception as error:
         code = _say_error(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _debug_first(words: list[str]) -> list[str]:
+    """``--debug`` is an option of gtflops itself, and may stand behind the name of a command as well."""
+    ours = words[: words.index("--")] if "--" in words else words
+    if "--debug" not in ours:
+        return words
+    return ["--debug", *(word for word in ours if word != "--debug"), *words[len(ours) :]]
 
 
 def _say_error(error: Exception) -> int:
@@ -1466,7 +1540,7 @@ def _say_error(error: Exception) -> int:
     elif isinstance(error, OSError):
         words = f"{type(error).__name__} {error}"
     elif not isinstance(error, GtflopsError):
-        code, words = 1, f"{type(error).__name__} {error}; gtflops did not expect this: --debug, first, shows where"
+        code, words = 1, f"{type(error).__name__} {error}; gtflops did not expect this: --debug shows where"
     err.print("[bold red]error:[/]", end=" ")
     err.print(" ".join(words.splitlines()), markup=False, highlight=False, soft_wrap=True)
     return code

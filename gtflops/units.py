@@ -80,6 +80,9 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+_NUMBER = r"(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?"
+
+
 def quantity_of(text: str) -> tuple[Fraction, str]:
     """A quantity as people write it, in ``"FLOP"`` or ``"s"``; a bare number has the unit ``""``.
 
@@ -90,12 +93,28 @@ def quantity_of(text: str) -> tuple[Fraction, str]:
     >>> quantity_of("20 ms"), quantity_of("0.5")
     ((Fraction(1, 50), 's'), (Fraction(1, 2), ''))
     """
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(rf"\s*{_NUMBER}\s*([A-Za-z]*)\s*", text)
     unit = re.sub("(?i)(flop|mac)s?$", lambda name: name[1].upper(), found[3] if found else text)
     if not found or unit not in _UNITS:
         raise ValueError(f"{text!r} is no quantity")
     factor, of = _UNITS[unit]
     return Fraction(found[1] + (found[2] or "")) * factor, of
+
+
+def count_of(text: str) -> int:
+    """A count as people write it, with a decimal prefix or B for billions. ValueError for what is no whole number.
+
+    >>> count_of("30M"), count_of("1.5B"), count_of("768")
+    (30000000, 1500000000, 768)
+    """
+    found = re.fullmatch(rf"\s*{_NUMBER}\s*([A-Za-z]?)\s*", text)
+    prefix = found and found[3].replace("B", "G")
+    if not found or prefix not in FLOPS_BY_PREFIX:
+        raise ValueError(f"{text!r} is no count")
+    count = Fraction(found[1] + (found[2] or "")) * FLOPS_BY_PREFIX[prefix]
+    if count.denominator != 1:
+        raise ValueError(f"{text!r} is no whole number")
+    return int(count)
 
 
 #: How much a unit is of FLOPs or of seconds.

@@ -20,6 +20,7 @@ import gtflops
 import gtflops.operators
 import gtflops.training
 from branching_models import with_times
+from gtflops.cli import main
 from gtflops.report import SUFFIXES, schema
 from small_tokenizer import save_llama
 
@@ -131,7 +132,7 @@ def test_select_under_conditions(saved: Path) -> None:
     importance = {tensor.name: float(tensor.numel) for tensor in profile.tensors}
     command = ["select", saved, "--importance", "numel", "--budget", "0.8", "--json"]
     arguments = ["--form", "chain", "--must-train", "*.ln_f.*", "--must-train", "*.h.11.*.bias"]
-    arguments += ["--must-freeze", "*.wte.*", "--max-elements", "30000000"]
+    arguments += ["--must-freeze", "*.wte.*", "--max-elements", "30M"]
     by_command = json.loads(run(*command, *arguments).stdout)
     assert (
         by_command
@@ -249,8 +250,9 @@ def test_report_of_a_saved_selection(saved: Path, tmp_path: Path) -> None:
 
 def test_report_of_a_logged_run(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     log, profile, report = tmp_path / "run.jsonl", tmp_path / "profile.json", tmp_path / "report.json"
+    log.write_text('{"record": "step", "step": 7}\n')  # of another run, which --force replaces
     options = ["--data", pairs, "--budget", "0.7", "--steps", "4", "--every", "2", "--seq-len", "16", "--energy", "100"]
-    options += ["--quality-examples", "0", "--loss-examples", "4", "--json", "--log", log]
+    options += ["--quality-examples", "0", "--loss-examples", "4", "--json", "--log", log, "--force"]
     trained = json.loads(run("train", tiny, *options).stdout)
     run("profile", tiny, "--batch-size", "4", "--seq-len", "16", "--save", profile)
     run("report", profile, "--log", log, "-o", report)
@@ -260,9 +262,17 @@ def test_report_of_a_logged_run(tiny: Path, pairs: Path, tmp_path: Path) -> None
     assert told["planned_flops"] == trained["planned_flops"]
     assert told["measuring_flops"] == trained["measuring_flops"]
     assert told["energy"] == trained["energy"]
-    assert [(event["step"], event["names"]) for event in told["selections"]] == [
-        (selection["step"], selection["names"]) for selection in trained["selections"]
+    assert [(event["step"], event["names"], event["importance_captured"]) for event in told["selections"]] == [
+        (selection["step"], selection["names"], selection["importance_captured"]) for selection in trained["selections"]
     ]
+    used = [step["kwh"] for step in told["steps"]]
+    assert used == [line["kwh"] for line in gtflops.training.read_log(log) if line["record"] == "step"]
+    assert 0 < used[0] <= used[-1] <= told["energy"]["kwh"]
+    code = "import sys\nfrom gtflops.cli import app\napp(sys.argv[1:], standalone_mode=False)\nprint(*sys.modules)"
+    arguments = ["report", profile, "--log", log, "-o", tmp_path / "again.html"]
+    modules = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert "gtflops.training.records" in modules.stdout.split()
+    assert "torch" not in modules.stdout.split()
 
     def refused(change: Callable[[dict[str, Any]], None], line: int) -> str:
         lines = [json.loads(text) for text in log.read_text().splitlines()]
@@ -309,8 +319,10 @@ def test_train(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     assert [selection["step"] for selection in first["selections"]] == [0, 3]
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert "lm_head.weight" in json.loads((tmp_path / "importance.json").read_text())
-    table = run("train", tiny, *options[:-1]).stdout
+    table = run("train", tiny, *options[:-1], "--unit", "macs").stdout
     assert "validation loss after" in table
+    assert f" {counted['planned'] // 2:,}" in table
+    assert "FLOP" not in table
 
 
 def test_train_by_budgets_of_epochs(tiny: Path, pairs: Path, tmp_path: Path) -> None:
@@ -346,8 +358,6 @@ def test_train_by_budgets_of_epochs(tiny: Path, pairs: Path, tmp_path: Path) -> 
     page = (tmp_path / "run.html").read_text()
     assert "CO2, estimated" in page
     assert "Drop of the loss, predicted and real" in page
-    refused = run("train", tiny, *options, "--log", tmp_path / "run.jsonl", expect=2)
-    assert "lines of another run" in refused.stderr
 
 
 def test_train_until_a_total_is_spent(tiny: Path, pairs: Path, tmp_path: Path) -> None:
@@ -390,7 +400,8 @@ def test_train_interrupted_and_resumed(tiny: Path, pairs: Path, tmp_path: Path) 
     assert f"interrupted after {made} of 150 steps, which {folder} keeps; to go on:" in stderr
     to_go_on = stderr.splitlines()[-1]
     assert shlex.split(to_go_on) == ["gtflops", *map(str, arguments), "--resume"]
-    assert "of another run" in run(*arguments, expect=2).stderr
+    assert f"{log} exists; --force replaces it" in run(*arguments, expect=2).stderr
+    assert "of another run" in run(*arguments, "--force", expect=2).stderr  # of the checkpoints; the log is as it was
     other = run(*shlex.split(to_go_on)[1:], "--learning-rate", "1e-3", expect=2).stderr
     assert "--learning-rate was 5e-05 and is 0.001; expected" in other
     resumed = json.loads(run(*shlex.split(to_go_on)[1:]).stdout)
@@ -430,11 +441,13 @@ def test_compare(tiny: Path, pairs: Path) -> None:
     assert all(one["executed_flops"] == one["planned_flops"] for one in runs.values())
     assert [one["learning_rate"] for one in runs.values()] == [5e-5, 1e-3, 5e-5]
     failing = ["--schemes", "full,greentrainer@0.01", "--quality-examples", "0", "--loss-examples", "2", "--no-count"]
-    result = run("compare", tiny, *options, *failing, expect=1)
+    result = run("compare", tiny, *options, *failing, "--unit", "macs", expect=1)
     assert "greentrainer@0.01 failed: budget" in result.stderr
     (full,) = [line for line in result.stdout.splitlines() if line.startswith("│ full ")]
     assert "1.000" in full
     assert "not counted" in full
+    assert " MMAC " in full
+    assert "FLOP" not in result.stdout
 
 
 def test_compare_by_budgets_that_move(tiny: Path, pairs: Path) -> None:
@@ -565,6 +578,9 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["frontier", "SAVED", "--importance", "numel", "--cost", "time"], "has none for this batch"),
         (["frontier", "SAVED", "--importance", "numel", "--max-elements", "5"], "the smallest has 768"),
         (["frontier", "SAVED", "--importance", "SAVED"], "lacks"),
+        (["frontier", "SAVED", "--importance", "numel", "--max-elements", "30X"], "--max-elements is '30X', expected"),
+        (["select", "SAVED", "--importance", "numel", "--max-elements", "0"], "expected a whole number from 1 on"),
+        (["select", "SAVED", "--importance", "numel", "--max-elements", "0.5"], "such as 30000000, '30M' or '1.5B'"),
         (
             ["report", "SAVED", "-o", "report.txt"],
             "report.txt has the suffix '.txt', expected .html, .md, .json or .csv",
@@ -582,6 +598,15 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["train", "absent-model"], "cannot load 'absent-model'"),
         (["train", "absent-model", "--html", "run.txt"], "run.txt does not end in .html"),
         (["train", "absent-model", "--save-importance", "absent/i.json"], "there is no folder absent"),
+        # Before the model is looked for: nothing is trained in vain.
+        (["train", "absent-model", "--html", "PAGE"], "page.html exists; --force replaces it"),
+        (["train", "absent-model", "--save-importance", "SAVED"], "exists; --force replaces it"),
+        (["train", "absent-model", "--log", "SAVED"], "exists; --force replaces it"),
+        (["train", "absent-model", "--save", "FOLDER"], "has files; --force replaces files in it"),
+        (["train", "absent-model", "--html", "PAGE", "--save", "FOLDER", "--force"], "cannot load 'absent-model'"),
+        (["train", "absent-model", "--log", "EMPTY"], "cannot load 'absent-model'"),
+        (["train", "absent-model", "--json", "--unit", "macs"], "leave --unit macs out"),
+        (["demo", "--out", "FOLDER"], "results.json exists; --force replaces it"),
         (["train", "TINY", "--data", "absent.jsonl"], "cannot read absent.jsonl"),
         (["train", "TINY", "--data", "scitdlr"], "there is no data set 'scitdlr' (nearest: 'scitldr')"),
         (["train", "TINY", "--data", "piqa"], "from the Hugging Face hub"),
@@ -611,15 +636,51 @@ def test_help_names_every_command_and_gives_examples() -> None:
 def test_errors_are_one_line(saved: Path, tiny: Path, arguments: list[str], message: str) -> None:
     old = saved.with_name("old.json")
     old.write_text(json.dumps({**json.loads(saved.read_text()), "version": 2}))
-    stands_for = {"SAVED": saved, "TINY": tiny, "OLD": old, "FOLDER": saved.parent}
+    page, empty = saved.with_name("page.html"), saved.with_name("empty.jsonl")
+    page.write_text("of another run")
+    empty.touch()
+    saved.with_name("results.json").write_text("{}")
+    stands_for = {"SAVED": saved, "TINY": tiny, "OLD": old, "FOLDER": saved.parent, "PAGE": page, "EMPTY": empty}
     result = run(*[str(stands_for.get(word, word)) for word in arguments], expect=2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+    assert page.read_text() == "of another run"
+
+
+@pytest.mark.parametrize("unit", ["flops", "macs"])
+def test_the_demo_prints_in_the_unit_that_is_asked_for(
+    unit: str,
+    tiny: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """On a small model and data."""
+    from gtflops.recipes import datasets, demo, models
+
+    few = datasets.load("jsonl", pairs)
+    monkeypatch.setattr(demo, "load_pretrained", lambda _: models.load_pretrained(str(tiny)))
+    monkeypatch.setattr(demo, "load", lambda _: few)
+    monkeypatch.setattr(sys, "argv", ["gtflops", "demo", "--steps", "1", "--out", str(tmp_path), "--unit", unit])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    printed = capfd.readouterr().out
+    told = json.loads((tmp_path / "results.json").read_text())
+    each, name, other = (1, "FLOP", "MAC") if unit == "flops" else (2, "MAC", "FLOP")
+    assert f" {told['full']['counted_step']['planned_matmul'] // each:,} " in printed
+    assert f"matrix products: {told['forward_matmul'] // each:,} {name} by gtflops" in printed
+    assert f"{name}s to measure importance" in printed
+    assert other not in printed.replace("(MACs x 2)", "")
 
 
 def test_debug_shows_the_traceback() -> None:
-    assert "Traceback" in run("--debug", "profile", "absent.json", expect=1).stderr
+    """Before the command and behind it; after a double hyphen, words are no options."""
+    for arguments in (["--debug", "profile", "absent.json"], ["profile", "absent.json", "--debug"]):
+        assert "Traceback" in run(*arguments, expect=1).stderr
+    assert "Traceback" not in run("profile", "--", "--debug", expect=2).stderr
 
 
 def test_the_packaged_model_and_data() -> None:

@@ -69,17 +69,30 @@ def test_what_is_printed(path: Path, folder: Path, monkeypatch: pytest.MonkeyPat
     assert result.stderr == ""  # progress is for terminals
 
 
-def test_help_needs_no_torch() -> None:
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "Leaves with 0 when all is done"),
+        (
+            {"_GTFLOPS_COMPLETE": "complete_bash", "COMP_WORDS": "gtflops profile openai", "COMP_CWORD": "2"},
+            "openai-community/gpt2",
+        ),
+    ],
+    ids=["help", "completion"],
+)
+def test_it_needs_no_torch(environment: dict[str, str], expected: str) -> None:
     code = (
         "import sys\nfrom gtflops.cli import main\nsys.argv[1:] = ['--help']\ntry:\n    main()\n"
-        "except SystemExit as left:\n    print(left.code, *sorted(sys.modules))"
+        "except SystemExit as left:\n    print('\\n', left.code, *sorted(sys.modules))"
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    ).stdout
     code_and_modules = printed.splitlines()[-1].split()
     assert code_and_modules[0] == "0"
     assert "gtflops.cli" in code_and_modules
     assert not {"torch", "transformers", "numpy", "plotly"} & set(code_and_modules)
-    assert "Leaves with 0 when all is done" in printed
+    assert expected in printed
 
 
 @pytest.mark.parametrize(
@@ -88,6 +101,11 @@ def test_help_needs_no_torch() -> None:
         ("gtflops pro", 1, ["profile"]),
         ("gtflops profile --tr", 2, ["--trainable"]),
         ("gtflops profile --unit ", 3, ["flops", "macs"]),
+        ("gtflops profile facebook/opt-1", 2, ["facebook/opt-125m", "facebook/opt-1.3b", "facebook/opt-13b"]),
+        ("gtflops verify google-b", 2, ["google-bert/bert-base-uncased"]),
+        ("gtflops ops --model google-b", 3, ["google-bert/bert-base-uncased"]),
+        ("gtflops select tiny", 2, []),  # a shell then proposes files
+        ("gtflops compare smol", 2, ["smollm2"]),
     ],
 )
 def test_completion(words: str, position: int, expected: list[str]) -> None:
@@ -115,7 +133,7 @@ def test_a_command_that_cannot_be_read_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("error", "code", "expected"),
     [
-        (KeyError("seq"), 1, "error: KeyError 'seq'; gtflops did not expect this: --debug, first, shows where\n"),
+        (KeyError("seq"), 1, "error: KeyError 'seq'; gtflops did not expect this: --debug shows where\n"),
         (OSError(28, "No space left on device"), 2, "error: OSError [Errno 28] No space left on device\n"),
         (gtflops.InputError("two\nlines"), 2, "error: InputError two lines\n"),
         (KeyboardInterrupt(), 130, ""),

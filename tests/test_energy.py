@@ -82,10 +82,25 @@ def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_co2_is_that_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 kWh at 100 when entered, 1 at 300 when read, 1 at 50 when left."""
     times = iter([0.0, 15.0, 25.0])
-    monkeypatch.setattr(energy, "time", SimpleNamespace(time=lambda: next(times)))
+    monkeypatch.setattr(energy, "time", SimpleNamespace(time=lambda: next(times), monotonic=time.monotonic))
     with EnergyMeter(intensity=[(0, 100), (10, 300), (20, 50), (30, 0)]) as meter:
         assert meter.co2_g == 400
     assert meter.energy == Energy(kwh=3.0, co2_kg=0.45, intensity=150.0, method="fake")
+
+
+@pytest.mark.usefixtures("_fake")
+def test_what_was_used_of_late_is_read_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading takes half a millisecond: steps of a few do not wait for one each."""
+    clock = SimpleNamespace(now=0.0, time=lambda: clock.now, monotonic=lambda: clock.now)
+    monkeypatch.setattr(energy, "time", clock)
+    meter = EnergyMeter(intensity=100)
+    assert meter.of_late() == (0, 0)
+    with meter:
+        for clock.now, expected in ((0.2, 1), (1.0, 1), (1.1, 2), (2.0, 2), (2.2, 3)):
+            assert meter.of_late() == (expected, 100 * expected)
+        assert meter.kwh == 4
+        assert meter.of_late() == (4, 400)
+    assert meter.of_late() == (5, 500)
 
 
 @pytest.mark.usefixtures("_fake")

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import gtflops
+import gtflops.training
 
 
 def modules_after(statement: str) -> set[str]:
@@ -20,6 +21,8 @@ def modules_after(statement: str) -> set[str]:
         "from gtflops.solver import knapsack",
         "from gtflops import Profile, select, knapsack, InputError",
         "import gtflops.report",
+        "import gtflops.report.log",
+        "from gtflops.training import Energy, JsonLines, Total, TrainingLog, read_log",
         "import gtflops.cli",
     ],
 )
@@ -39,6 +42,14 @@ def test_every_public_name_is_there() -> None:
     assert set(gtflops.__all__) == set(gtflops._HOME)
     with pytest.raises(AttributeError, match="no attribute 'unknown'"):
         _ = gtflops.unknown
+
+
+def test_every_name_of_training_is_there() -> None:
+    for name in gtflops.training.__all__:
+        assert getattr(gtflops.training, name).__name__ == name
+    assert set(gtflops.training.__all__) == set(gtflops.training._HOME)
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        _ = gtflops.training.unknown
 
 
 def test_importing_the_package_takes_less_than_200_ms() -> None:

@@ -208,9 +208,45 @@ def test_energy_end_and_drop_of_a_run(profile: Profile, log: TrainingLog, tmp_pa
 
 
 @pytest.mark.parametrize("suffix", [".json", ".md", ".html"])
+def test_energy_over_steps(profile: Profile, log: TrainingLog, tmp_path: Path, suffix: str) -> None:
+    """The first step is one of a run without a meter, which a later one went on with."""
+    used = [None, *(count / 8 for count in range(1, len(log.steps)))]
+    steps = [
+        replace(step, kwh=kwh, co2_kg=None if kwh is None else kwh / 4)
+        for step, kwh in zip(log.steps, used, strict=True)
+    ]
+    with_energy, without = tmp_path / f"with{suffix}", tmp_path / f"without{suffix}"
+    write(with_energy, profile, log=TrainingLog(steps, log.selections))
+    write(without, profile, log=log)
+    co2 = [None if kwh is None else kwh / 4 for kwh in used]
+    if suffix == ".json":
+        told = read_json(with_energy)["training"]["steps"]
+        assert [(step["kwh"], step["co2_kg"]) for step in told] == list(zip(used, co2, strict=True))
+        Draft202012Validator(schema()).validate(read_json(with_energy))
+        assert {step["kwh"] for step in read_json(without)["training"]["steps"]} == {None}
+    elif suffix == ".md":
+        rows = markdown_tables(with_energy.read_text(encoding="utf-8"))[-2]
+        assert rows[0][-2:] == ["kWh so far", "CO2 so far, kg"]
+        assert [row[-2:] for row in rows[1:3]] == [["", ""], ["0.125", "0.03125"]]
+        assert "so far, kg" not in without.read_text(encoding="utf-8")
+    else:
+        chart, none = (
+            page_data(Page(path.read_text(encoding="utf-8")))["charts"]["training"] for path in (with_energy, without)
+        )
+        by_axis = {trace["yaxis"]: trace for trace in chart["data"]}
+        assert (by_axis["y3"]["y"], by_axis["y4"]["y"]) == (used, co2)
+        assert all(trace["x"] == list(range(len(steps))) for trace in chart["data"])
+        assert chart["layout"]["yaxis4"]["range"] == [0, 1.25 * steps[-1].co2_kg]
+        assert "energy and CO2 so far" in with_energy.read_text(encoding="utf-8")
+        assert [trace["yaxis"] for trace in none["data"]] == ["y", "y2"]
+        assert "CO2" not in "".join(strings(none))
+        assert "energy and CO2" not in without.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".md", ".html"])
 def test_selections_without_importance(profile: Profile, log: TrainingLog, tmp_path: Path, suffix: str) -> None:
     steps = [replace(step, predicted_drop=None, real_drop=None) for step in log.steps]
-    records = [replace(record, selection=None, budget=None) for record in log.selections]
+    records = [replace(record, selection=None, importance_captured=None, budget=None) for record in log.selections]
     path = tmp_path / f"report{suffix}"
     write(path, profile, log=TrainingLog(steps, records))
     text = path.read_text()

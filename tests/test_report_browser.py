@@ -152,6 +152,32 @@ def test_training_over_steps_seconds_and_flops(page: Page, report: Path, log: gt
     assert page.evaluate(last) == pytest.approx(sum(step.seconds or 0 for step in log.steps))
 
 
+def test_energy_is_drawn_over_what_is_asked_for(
+    page: Page,
+    profile: Profile,  # noqa: F811
+    log: gtflops.training.TrainingLog,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """With its tick labels inside the chart, kWh on the left and CO2 on the right."""
+    steps = [replace(step, kwh=2e-5 * step.step, co2_kg=1e-6 * step.step) for step in log.steps]
+    write(tmp_path / "report.html", profile, log=gtflops.training.TrainingLog(steps, log.selections))
+    opened(page, tmp_path / "report.html")
+    chart = page.locator("[data-chart=training]")
+    assert chart.locator(".scatterlayer .js-line").count() == 4
+    page.get_by_label("FLOPs", exact=True).check()
+    last = "document.querySelector('[data-chart=training]').data.map(({ x, y }) => [x.at(-1), y.at(-1)])"
+    assert page.evaluate(last)[2:] == [[log.planned_flops, steps[-1].kwh], [log.planned_flops, steps[-1].co2_kg]]
+    frame = chart.bounding_box()
+    assert frame is not None
+    for axis in ("y3", "y4"):
+        labels = chart.locator(f".{axis}tick text")
+        assert labels.count() > 1
+        for label in labels.all():
+            box = label.bounding_box()
+            assert box is not None
+            assert frame["x"] <= box["x"] < box["x"] + box["width"] <= frame["x"] + frame["width"]
+
+
 def test_hostile_names_are_text(
     page: Page,
     hostile: Profile,  # noqa: F811

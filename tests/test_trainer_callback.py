@@ -434,6 +434,8 @@ def test_energy_is_measured_and_may_be_the_budget(tmp_path: Path) -> None:
     last = trainer.state.log_history[-1]
     assert 0 < last["gtflops/kwh"] <= log.energy.kwh < 1e-3
     assert last["gtflops/co2_kg"] == pytest.approx(0.3 * last["gtflops/kwh"])
+    assert 0 < log.steps[0].kwh <= log.steps[1].kwh <= log.energy.kwh
+    assert log.steps[1].co2_kg == pytest.approx(0.3 * log.steps[1].kwh)
     used = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["stateful_callbacks"]
     kwh = used["GreenTrainerCallback"]["attributes"]["progress"]["energy"]["kwh"]
     again = trainer_of(build("llama"), tmp_path, callback := GreenTrainerCallback(Total(kwh=1.0), energy=meter))

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import random
 import weakref
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import gtflops
 from gtflops.sources import Live
-from gtflops.training import EnergyMeter, JsonLines, Total, read_log
+from gtflops.training import EnergyMeter, JsonLines, Total, TrainingLog, read_log
 from real_steps import counted_by_pytorch
 from small_models import build, padded_batch
 
@@ -458,6 +459,19 @@ def test_watchers_and_energy(tmp_path: Path) -> None:
     assert log.energy is not None
     assert log.energy.co2_kg == pytest.approx(log.energy.kwh * 0.3)
     assert log.energy.kwh > 0
+    used = [step.kwh for step in log.steps]
+    assert 0 < used[0] <= used[-1] <= log.energy.kwh
+    assert used == sorted(used) == [line["kwh"] for line in lines if line["record"] == "step"]
+    assert [step.co2_kg for step in log.steps] == pytest.approx([0.3 * kwh for kwh in used])
+    captured = [line["importance_captured"] for line in lines if line["record"] == "selection"]
+    assert captured == [record.selection.importance_captured for record in log.selections]
+    saved = json.loads(json.dumps(log.to_json()))
+    again = TrainingLog.from_json(saved, trainer.profile)
+    assert again.steps == log.steps
+    assert [record.importance_captured for record in again.selections] == captured
+    for step in saved["steps"]:  # of a checkpoint from before there was energy by step
+        del step["kwh"], step["co2_kg"]
+    assert {step.kwh for step in TrainingLog.from_json(saved, trainer.profile).steps} == {None}
 
 
 def test_the_estimate_is_checked_after_a_selection() -> None:

@@ -96,6 +96,17 @@ def test_a_new_run_overwrites_no_other(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_a_new_run_may_replace_another(tmp_path: Path) -> None:
+    """Whatever is there; a run that is resumed goes on in it all the same."""
+    path = tmp_path / "log.jsonl"
+    path.write_text("what somebody wrote\n")
+    JsonLines(path, replace=True).on_start(0, 9, False)
+    assert path.read_text() == ""
+    write(path, range(2))
+    JsonLines(path, replace=True).on_start(1, 9, True)
+    assert [line["step"] for line in read_log(path)] == [0, 0]
+
+
 @pytest.mark.parametrize(
     "line", ["{", "[]", "3", '{"record": "step"}', '{"record": "step", "step": 1.5}', '{"step": 1}', ""]
 )

@@ -259,6 +259,7 @@ class _Run:
         assert self.green is not None
         measured = self.green.log.measuring_flops
         self.green.check_drop(math.fsum(loss.item() for loss in self._losses))
+        self.green.note_energy()
         self._unreported += self.green.log.measuring_flops - measured
         self._trainer.current_flos += self._floating_point_ops(None)
 

@@ -219,7 +219,8 @@ def frontier(summary: Summary, curve: BudgetCurve) -> Figure:
 
 
 def loss_and_flops(summary: Summary) -> Figure:
-    """Loss and FLOPs spent, over steps, seconds or FLOPs: ``over`` has what the page may lay along the axis."""
+    """Loss, FLOPs spent and, where it was measured, energy, over steps, seconds or FLOPs: ``over`` has what the page
+    may lay along the axis."""
     assert summary.training is not None
     steps = evenly(summary.training.steps, POINTS_SHOWN)
     over = {"steps": {"title": "optimizer step", "x": [step.step for step in steps]}}
@@ -230,7 +231,8 @@ def loss_and_flops(summary: Summary) -> Figure:
         "title": "planned FLOP of training steps",
         "x": [step.cumulative_planned_flops for step in steps],
     }
-    return {
+    flops_axis = {**_flops_axis(None), "rangemode": "tozero"}
+    figure: Figure = {
         "over": over,
         "data": [
             _line(steps, [step.loss for step in steps], "y", "--dw", "loss %{y:.4g}"),
@@ -240,10 +242,39 @@ def loss_and_flops(summary: Summary) -> Figure:
             "height": 420,
             "xaxis": {"title": {"text": "optimizer step"}, "anchor": "y2", "rangemode": "nonnegative"},
             "yaxis": {"domain": [0.58, 0.94]},
-            "yaxis2": {**_flops_axis(None), "domain": [0, 0.4], "rangemode": "tozero"},
+            "yaxis2": {**flops_axis, "domain": [0, 0.4]},
             "annotations": [_panel_title("Loss", 1.0), _panel_title("Planned FLOP of training steps, summed", 0.47)],
         },
     }
+    if not summary.training.has_energy_by_step:
+        return figure
+    co2 = _line(steps, [step.co2_kg for step in steps], "y4", "--forward", "%{y:.4g} kg of CO2 so far")
+    co2["line"]["dash"] = "dash"  # not told from the other by colour alone
+    used_axis = {"tickformat": ".3~g", "rangemode": "tozero", "nticks": 5}
+    most_co2 = max(step.co2_kg or 0.0 for step in steps)
+    figure["data"] += [_line(steps, [step.kwh for step in steps], "y3", "--ink", "%{y:.4g} kWh so far"), co2]
+    figure["layout"] |= {
+        "height": 600,
+        "xaxis": {**figure["layout"]["xaxis"], "anchor": "y3"},
+        "yaxis": {"domain": [0.72, 0.96]},
+        "yaxis2": {**flops_axis, "domain": [0.37, 0.61]},
+        "yaxis3": {**used_axis, "domain": [0, 0.26]},
+        "yaxis4": {
+            **used_axis,
+            "overlaying": "y3",
+            "side": "right",
+            "showgrid": False,
+            "tickmode": "auto",
+            # Where the grid's intensity does not change, both lines would else lie on each other.
+            "range": [0, 1.25 * most_co2 or 1],
+        },
+        "annotations": [
+            _panel_title("Loss", 1.0),
+            _panel_title("Planned FLOP of training steps, summed", 0.65),
+            _panel_title("Energy, kWh, and CO2, kg (dashed, right)", 0.3),
+        ],
+    }
+    return figure
 
 
 def selection_map(summary: Summary) -> Figure:

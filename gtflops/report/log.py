@@ -3,18 +3,18 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gtflops.errors import InputError, SavedFileError
 from gtflops.profiling import Profile
-
-if TYPE_CHECKING:
-    from gtflops.training.records import TrainingLog
+from gtflops.training.energy import Energy
+from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
+from gtflops.training.watching import read_log
 
 END = "end"
 
 
-def end_line(log: "TrainingLog") -> str:
+def end_line(log: TrainingLog) -> str:
     """What is known only when a run is over, as the last line of its file: energy, why it ended, what it measured."""
     energy = log.energy
     record = {
@@ -27,17 +27,13 @@ def end_line(log: "TrainingLog") -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def training_log(path: Path, profile: Profile) -> "TrainingLog":
+def training_log(path: Path, profile: Profile) -> TrainingLog:
     """The log of a run by the lines that :class:`gtflops.training.JsonLines` wrote, and :func:`end_line`.
 
-    The lines have no importances, so that the selections of the log have none either. InputError where there is no such
-    file, where it has no step, or where it is of a model with other tensors; SavedFileError for a line that is damaged.
+    The lines have no importances, so that the selections of the log have none either, but for the share that each
+    captured. InputError where there is no such file, where it has no step, or where it is of a model with other
+    tensors; SavedFileError for a line that is damaged. Needs no torch.
     """
-    # They live beside the loop, which needs torch; a report without a log does not.
-    from gtflops.training.energy import Energy
-    from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
-    from gtflops.training.watching import read_log
-
     log = TrainingLog()
     for line in _lines(path, read_log(path)):
         if line.record == "step":
@@ -53,6 +49,8 @@ def training_log(path: Path, profile: Profile) -> "TrainingLog":
                     seconds=line.number("seconds"),
                     predicted_drop=line.number("predicted_drop"),
                     real_drop=line.number("real_drop"),
+                    kwh=line.number("kwh"),
+                    co2_kg=line.number("co2_kg"),
                 )
             )
         elif line.record == "selection":
@@ -66,6 +64,7 @@ def training_log(path: Path, profile: Profile) -> "TrainingLog":
                     budget=line.number("budget"),
                     seconds=line.number("seconds") or 0.0,
                     selection=None,
+                    importance_captured=line.number("importance_captured"),
                 )
             )
         elif line.record == END:

@@ -113,14 +113,16 @@ def _training(summary: Summary) -> Iterator[str]:
     steps = evenly(training.steps, STEPS_SHOWN)
     if len(steps) < len(training.steps):
         yield f"{len(steps)} of {len(training.steps):,} steps, evenly spaced:\n"
+    used = ("kWh so far", "CO2 so far, kg") if training.has_energy_by_step else ()
     yield from _table(
-        ("Step", "Loss", "Planned FLOPs", "Planned so far"),
+        ("Step", "Loss", "Planned FLOPs", "Planned so far", *used),
         (
             (
                 str(step.step),
                 "none" if step.loss is None else f"{step.loss:.6g}",
                 f"{step.planned_flops:,}",
                 f"{step.cumulative_planned_flops:,}",
+                *("" if value is None else f"{value:.4g}" for value in (step.kwh, step.co2_kg)[: len(used)]),
             )
             for step in steps
         ),

@@ -246,6 +246,9 @@ class StepRow:
     predicted_drop: float | None
     """What the loss was to fall by, to first order; ``None`` in steps that were not checked."""
     real_drop: float | None
+    kwh: float | None
+    """What the run had used by the end of the step; ``None`` where that was not measured."""
+    co2_kg: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +266,11 @@ class TrainingSummary:
     seconds: float
     stopped: str | None
     energy: "Energy | None"
+
+    @property
+    def has_energy_by_step(self) -> bool:
+        """Whether some step says what the run had used by then."""
+        return any(step.kwh is not None for step in self.steps)
 
     def facts(self) -> tuple[tuple[str, str], ...]:
         """Labels and values, as every renderer prints them."""
@@ -588,6 +596,8 @@ def _training(profile: Profile, log: "TrainingLog") -> TrainingSummary:
                 seconds=step.seconds,
                 predicted_drop=_finite(step.predicted_drop),
                 real_drop=_finite(step.real_drop),
+                kwh=step.kwh,
+                co2_kg=step.co2_kg,
             )
             for step, cumulative in zip(log.steps, accumulate(step.planned_flops for step in log.steps), strict=True)
         ),

@@ -1,11 +1,38 @@
-"""Training under a budget: the loop, budgets that move, checkpoints, energy, and watching; needs torch."""
+"""Training under a budget: the loop, budgets that move, checkpoints, energy, and watching."""
 
-from gtflops.training.budgets import Budget, CarbonAware, Progress, Total, budget_of, total_of
-from gtflops.training.energy import Energy, EnergyMeter
-from gtflops.training.intensity import IntensitySeries, read_intensity
-from gtflops.training.loop import GreenTrainer
-from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
-from gtflops.training.watching import JsonLines, ProgressBar, TensorBoard, Watcher, read_log
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gtflops.training.budgets import Budget, CarbonAware, Progress, Total, budget_of, total_of
+    from gtflops.training.energy import Energy, EnergyMeter
+    from gtflops.training.intensity import IntensitySeries, read_intensity
+    from gtflops.training.loop import GreenTrainer
+    from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
+    from gtflops.training.watching import JsonLines, ProgressBar, TensorBoard, Watcher, read_log
+
+# Where each name lives. They are loaded when first used: a log is read and reported without torch.
+_HOME = {
+    "Budget": "budgets",
+    "CarbonAware": "budgets",
+    "Energy": "energy",
+    "EnergyMeter": "energy",
+    "GreenTrainer": "loop",
+    "IntensitySeries": "intensity",
+    "JsonLines": "watching",
+    "Progress": "budgets",
+    "ProgressBar": "watching",
+    "SelectionRecord": "records",
+    "StepRecord": "records",
+    "TensorBoard": "watching",
+    "Total": "budgets",
+    "TrainingLog": "records",
+    "Watcher": "watching",
+    "budget_of": "budgets",
+    "read_intensity": "intensity",
+    "read_log": "watching",
+    "total_of": "budgets",
+}
 
 __all__ = [
     "Budget",
@@ -28,3 +55,15 @@ __all__ = [
     "read_log",
     "total_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gtflops.training' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gtflops.training.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

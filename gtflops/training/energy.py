@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from gtflops.training.intensity import Intensity, IntensityLike, intensity_of
 
 if TYPE_CHECKING:
     from codecarbon import OfflineEmissionsTracker
+
+
+#: A reading takes half a millisecond, which a short step would notice; what is noted of each step may be so old.
+LATE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class EnergyMeter:
         self._method = "nothing measured"
         self._kwh = self._co2_g = 0.0
         self._kwh_before_entry = 0.0
+        self._read_at = -math.inf
 
     def __enter__(self) -> "EnergyMeter":
         if self._tracker is not None:
@@ -113,9 +119,16 @@ class EnergyMeter:
         intensity = self._co2_g / self._kwh if self._kwh else self._intensity(time.time())
         return Energy(self._kwh, self._co2_g / 1000, intensity, self._method)
 
+    def of_late(self) -> tuple[float, float]:
+        """Kilowatt-hours and grams of CO2, read anew only if the last reading is older than :data:`LATE_SECONDS`."""
+        if time.monotonic() - self._read_at > LATE_SECONDS:
+            self._read()
+        return self._kwh, self._co2_g
+
     def _read(self) -> None:
         if self._tracker is None:
             return
+        self._read_at = time.monotonic()
         if self._tracker.flush() is None:
             raise _not_measured()
         kwh = self._kwh_before_entry + self._latest.kwh

@@ -74,8 +74,9 @@ class GreenTrainer:
 
     :meth:`fit` is the whole loop. A loop of your own calls :meth:`step_boundary` before each optimizer step, with the
     batches of that step, and is otherwise as it was; one that sets ``checks`` may hold the estimate behind a selection
-    against what came of it, by :meth:`expect_drop` and :meth:`check_drop`, as :meth:`fit` does. Only tensors that
-    require gradients when the trainer is built are candidates: what is frozen stays frozen.
+    against what came of it, by :meth:`expect_drop` and :meth:`check_drop`, and one that measures energy may write it
+    down by step, by :meth:`note_energy`, as :meth:`fit` does. Only tensors that require gradients when the trainer is
+    built are candidates: what is frozen stays frozen.
 
     The budget holds for the sum over all steps, each priced in the real shape of its batches: where the selection would
     cost more than what its batches may cost and earlier steps left, a smaller one is made for that step from the same
@@ -329,6 +330,13 @@ class GreenTrainer:
         if not check.holds:
             warnings.warn(f"step {record.step}: {check}", stacklevel=3)
 
+    def note_energy(self) -> None:
+        """Call it after :meth:`check_drop`, if the loop measures energy: what the run has used goes into the record of
+        the step."""
+        if self.energy is not None:
+            kwh, co2_g = self.energy.of_late()
+            self.log.steps[-1] = replace(self.log.steps[-1], kwh=kwh, co2_kg=co2_g / 1000)
+
     def _loss_again(self) -> float:
         """The loss on the batches of a step after it, with the random numbers of the step. Changes nothing."""
         costs = [self._costs_of(batch) for batch in self._batches]
@@ -384,6 +392,7 @@ class GreenTrainer:
             selection=selection,
             held=() if self._reusing is None else self._reusing.held,
             reason=reason,
+            importance_captured=None if selection is None else selection.importance_captured,
         )
         self.log.selections.append(record)
         return record
@@ -656,7 +665,8 @@ class GreenTrainer:
             self.log.steps[-1], loss=loss, executed_flops=executed_flops, seconds=time.perf_counter() - started
         )
         self.log.steps[-1] = record
-        return record
+        self.note_energy()
+        return self.log.steps[-1]
 
     def _backward(self, batch: Any, left: int, parts: int) -> float:
         """Forward and backward pass of one of the ``parts`` of a step, with ``left`` to come; its share of the loss."""

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gtflops.importance import ImportanceCheck
 from gtflops.profiling import Profile
 from gtflops.selection import Selection
 from gtflops.training.energy import Energy
+
+if TYPE_CHECKING:
+    from gtflops.importance import ImportanceCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +17,10 @@ class SelectionRecord:
     """What is trained from here on. ``step`` counts the optimizer steps before it.
 
     ``flops`` and ``full_flops`` are those of a step on the batch that it was made for, of the first once what ``held``
-    blocks compute is stored; ``budget`` the share that was
-    asked for (``None`` without one), ``seconds`` what measuring and selecting took. ``selection`` has the proof and the
-    importances, where the tensors were selected by importance. ``held`` are the blocks whose activations are stored,
-    and ``reason`` says why it is this selection, where there was a choice besides the tensors.
+    blocks compute is stored; ``budget`` the share that was asked for (``None`` without one), ``seconds`` what measuring
+    and selecting took. Where the tensors were selected by importance, ``importance_captured`` is the share of all
+    positive importance that is trained, and ``selection`` has the proof and the importances, unless the record is from
+    a log without them. ``reason`` says why it is this selection, where there was a choice besides the tensors.
     """
 
     step: int
@@ -29,13 +31,9 @@ class SelectionRecord:
     budget: float | None
     seconds: float
     selection: Selection | None
+    importance_captured: float | None = None
     held: tuple[str, ...] = ()
     reason: str | None = None
-
-    @property
-    def importance_captured(self) -> float | None:
-        """Share of all positive importance that is trained; ``None`` where none was measured."""
-        return None if self.selection is None else self.selection.importance_captured
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` is the inverse."""
@@ -67,6 +65,7 @@ class SelectionRecord:
             budget=data["budget"],
             seconds=data["seconds"],
             selection=None if selection is None else Selection.from_json(profile, selection, data["importance"]),
+            importance_captured=data["importance_captured"],
             held=tuple(data.get("held", ())),
             reason=data.get("reason"),
         )
@@ -81,7 +80,8 @@ class StepRecord:
     ``learning_rate`` is that of the first parameter group, ``None`` for an optimizer that finds its own.
     The first step after a selection has what the loss was to fall by, to first order, and what it fell by, unless an
     estimate of late held at a learning rate that was no lower. ``reused`` says that no block was run whose activations
-    are stored.
+    are stored. ``kwh`` and ``co2_kg`` are what all of the run had used by the end of the step, where that is measured,
+    read a second before at the earliest.
     """
 
     step: int
@@ -95,12 +95,16 @@ class StepRecord:
     predicted_drop: float | None = None
     real_drop: float | None = None
     reused: bool = False
+    kwh: float | None = None
+    co2_kg: float | None = None
 
     @property
-    def check(self) -> ImportanceCheck | None:
+    def check(self) -> "ImportanceCheck | None":
         """Does the estimate hold? ``None`` for a step that did not check it."""
         if self.predicted_drop is None or self.real_drop is None or self.loss is None:
             return None
+        from gtflops.importance import ImportanceCheck  # needs torch, without which a log can be read
+
         return ImportanceCheck(self.predicted_drop, self.loss, self.loss - self.real_drop)
 
 

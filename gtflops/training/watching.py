@@ -49,15 +49,17 @@ class JsonLines(Watcher):
     :class:`gtflops.Selection` it has the numbers and the names of the selected tensors. What is not finite is ``null``.
 
     When a run is resumed, the lines of steps after its checkpoint are dropped: they are made again. A new run does not
-    start in a file that has lines already.
+    start in a file that has lines already, unless it may ``replace`` them.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, replace: bool = False) -> None:
         self.path = Path(path)
+        self._replace = replace
 
     def on_start(self, step: int, num_steps: int | None, resumed: bool) -> None:
-        lines = read_log(self.path) if self.path.exists() else []
-        if lines and step == 0 and not resumed:
+        is_new = step == 0 and not resumed
+        lines = read_log(self.path) if self.path.exists() and not (is_new and self._replace) else []
+        if lines and is_new:
             raise InputError(
                 f"{self.path} has {len(lines)} lines of another run; expected a new file, or a run that is resumed"
             )
