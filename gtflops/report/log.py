@@ -66,6 +66,7 @@ def training_log(path: Path, profile: Profile) -> "TrainingLog":
                     budget=line.number("budget"),
                     seconds=line.number("seconds") or 0.0,
                     selection=None,
+                    reason=line.text("reason"),
                 )
             )
         elif line.record == END:
@@ -98,6 +99,12 @@ class _Line:
         value = self.fields.get(name)
         if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
             raise SavedFileError(f"{self.where}: {name} is {value!r}, expected a number or null")
+        return value
+
+    def text(self, name: str) -> str | None:
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, str):
+            raise SavedFileError(f"{self.where}: {name} is {value!r}, expected a text or null")
         return value
 
     def names(self, profile: Profile) -> tuple[str, ...]:

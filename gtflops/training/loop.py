@@ -1,6 +1,7 @@
 """Train under a budget of FLOPs: select, train, select again."""
 
 import inspect
+import logging
 import math
 import signal
 import threading
@@ -36,6 +37,8 @@ from gtflops.training.pricing import Prices
 from gtflops.training.processes import Processes
 from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
 from gtflops.training.watching import Watcher
+
+_logger = logging.getLogger(__name__)
 
 #: When to select anew: every so many optimizer steps, at the start of each epoch, or where a function of the number of
 #: steps made says so.
@@ -89,8 +92,9 @@ class GreenTrainer:
         profile_or_batch: a :class:`gtflops.Profile` of this model, or a batch to profile it on.
         budget: share of a full step's FLOPs that a step may cost, in (0, 1]; a list of them by epoch; a function of
             :class:`gtflops.training.Progress`; a :class:`gtflops.training.Total` for the whole run, or
-            :class:`gtflops.training.CarbonAware`. It is asked at each selection. ``None`` trains every candidate, the
-            full fine-tuning to compare with.
+            :class:`gtflops.training.CarbonAware`. ``"auto"``, or :class:`gtflops.training.Auto` with a total, finds out
+            what brings the most importance per FLOP, if need be everything for fewer steps. It is asked at each
+            selection. ``None`` trains every candidate, the full fine-tuning to compare with.
         every: when to select anew: a number of optimizer steps, ``"epoch"``, or a function of the number of steps made.
         loss: ``loss(outputs, batch)``, a scalar tensor; ``outputs.loss`` without it.
         scheduler: stepped after each optimizer step of :meth:`fit`.
@@ -315,12 +319,12 @@ class GreenTrainer:
         full = self._total([costs], "all")
         progress = self._progress(full)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
-        selection = None
+        selection, reason = None, None
         if self.choose is not None:
             chosen = self._require_trainable(costs, self.choose(costs, len(self.log.steps)))
         else:
             if share is not None:
-                selection, share = self._by_importance(batches, costs, full)
+                selection, share, reason = self._by_importance(batches, costs, full)
             chosen = self.candidates if selection is None else frozenset(selection.names)
         self.processes.require_same("the selection", " ".join(sorted(chosen)))
         self._train_only(chosen)
@@ -335,8 +339,11 @@ class GreenTrainer:
             budget=share,
             seconds=time.perf_counter() - started,
             selection=selection,
+            reason=reason,
         )
         self.log.selections.append(record)
+        if reason is not None:
+            _logger.info("step %d: %s", record.step, reason)
         return record
 
     def _require_trainable(self, costs: Profile, names: Iterable[str]) -> frozenset[str]:
@@ -357,9 +364,9 @@ class GreenTrainer:
 
     def _by_importance(
         self, batches: tuple[Any, ...], costs: Profile, full: int
-    ) -> tuple[Selection | None, float | None]:
-        """A selection and its share, where a step costs ``full`` FLOPs in full; none where the budget is ``None`` by
-        then."""
+    ) -> tuple[Selection | None, float | None, str | None]:
+        """A selection, its share, and the reason of a budget that has one, where a step costs ``full`` FLOPs in full;
+        none where the budget is ``None`` by then."""
         held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
         measured = [
             name for name, tensor in self.model.named_parameters() if tensor in held and tensor.is_floating_point()
@@ -386,9 +393,17 @@ class GreenTrainer:
         progress = self._progress(full, smallest_share, measuring_left)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
         if share is None:
-            return None, None
+            return None, None, None
+        if point := self.processes.first("the operating point", lambda: self._point(problem, progress)):
+            data, reason = point
+            return Selection.from_json(costs, data, importance), None, reason
         limit = limit_of(costs, budget=share)
-        return selection_of(problem, limit, problem.solve(limit)), share
+        return selection_of(problem, limit, problem.solve(limit)), share, None
+
+    def _point(self, problem: Problem, progress: Progress) -> tuple[dict[str, Any], str] | None:
+        """What a budget wants trained, and why, as plain data for the other processes; ``None`` for a share."""
+        point = self.budget.point(problem, progress)
+        return None if point is None else (point.selection.to_json(), point.reason)
 
     def _require_left(self, progress: Progress, flops: int) -> None:
         """BudgetSpentError where the budget of the run does not pay for ``flops``."""

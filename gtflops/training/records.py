@@ -16,7 +16,8 @@ class SelectionRecord:
 
     ``flops`` and ``full_flops`` are those of a step on the batch that it was made for, ``budget`` the share that was
     asked for (``None`` without one), ``seconds`` what measuring and selecting took. ``selection`` has the proof and the
-    importances, where the tensors were selected by importance.
+    importances, where the tensors were selected by importance. ``reason`` says why these, where a budget was to find
+    out by itself.
     """
 
     step: int
@@ -27,6 +28,7 @@ class SelectionRecord:
     budget: float | None
     seconds: float
     selection: Selection | None
+    reason: str | None = None
 
     @property
     def importance_captured(self) -> float | None:
@@ -46,6 +48,7 @@ class SelectionRecord:
             "importance_captured": self.importance_captured,
             "selection": None if self.selection is None else self.selection.to_json(),
             "importance": None if self.selection is None else dict(self.selection.importance),
+            "reason": self.reason,
         }
 
     @classmethod
@@ -61,6 +64,7 @@ class SelectionRecord:
             budget=data["budget"],
             seconds=data["seconds"],
             selection=None if selection is None else Selection.from_json(profile, selection, data["importance"]),
+            reason=data.get("reason"),  # logs that were written before have none
         )
 
 
