@@ -541,7 +541,7 @@ def test_ops_names_what_has_no_price_first(tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_gives_examples() -> None:
     listed = run("--help").stdout
-    for command in ("profile", "verify", "select", "frontier", "report", "ops", "train", "compare", "demo"):
+    for command in ("profile", "verify", "select", "frontier", "report", "ops", "train", "compare", "advise", "demo"):
         assert command in listed
         assert "Example: gtflops" in run(command, "--help").stdout
     assert run("--version").stdout.startswith("gtflops ")

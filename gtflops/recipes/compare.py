@@ -12,6 +12,7 @@ from gtflops.recipes.finetune import FineTuneResult, FineTuneSettings, finetune
 from gtflops.recipes.models import Pretrained
 from gtflops.recipes.schemes import scheme
 from gtflops.training import EnergyMeter, StepRecord, budget_of
+from gtflops.training.budgets import BudgetLike
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,14 @@ def _settings(label: str, settings: FineTuneSettings, learning_rates: Mapping[st
     name, at, budget = label.partition("@")
     if at and not scheme(name).budgeted:
         raise InputError(f"{label!r} has a budget, but {name} takes none; expected as in greentrainer@0.7")
-    try:
-        share = float(budget) if at else settings.budget
-    except ValueError as error:
-        raise InputError(f"the budget in {label!r} is no number; expected as in greentrainer@0.7") from error
+    share: BudgetLike = settings.budget
+    if at:
+        try:
+            share = "auto" if budget == "auto" else float(budget)
+        except ValueError as error:
+            raise InputError(
+                f"the budget in {label!r} is no number; expected as in greentrainer@0.7, or greentrainer@auto"
+            ) from error
     rate = learning_rates.get(label, settings.learning_rate)
     return replace(settings, scheme=name, budget=share, learning_rate=rate)
 
