@@ -75,7 +75,8 @@ class OperatingPoint:
             if self.full_steps is None:
                 return "training everything is predicted to bring more per FLOP than any selection"
             return f"at this budget, training everything for {_steps(self.full_steps)} is predicted to beat selection"
-        what = f"training {len(self.selection.names)} tensors at {self.share:.2f} of a full step"
+        numbers = f"{len(self.selection.names)} of {len(self.everything.names)} tensors"
+        what = f"training {numbers} at {self.share:.2f} of a full step"
         what += " with reuse" if self.reuses else ""
         if self.steps is None or self.full_steps is None:
             return f"{what} is predicted to bring {self.gain:.2f}x per FLOP what full training brings"

@@ -192,16 +192,14 @@ def test_reasons() -> None:
     one = gtflops.operating_point(profile, even, total_flops=1.5 * profile.full_flops, num_steps=300)
     assert one.reason == "at this budget, training everything for 1 step is predicted to beat selection"
     point = gtflops.operating_point(profile, top)
-    number = len(point.selection.names)
-    assert point.reason == (
-        f"training {number} tensors at {point.share:.2f} of a full step is predicted to bring {point.gain:.2f}x per "
-        "FLOP what full training brings"
-    )
+    what = f"training {len(point.selection.names)} of {len(profile.names)} tensors at {point.share:.2f} of a full step"
+    assert point.reason == f"{what} is predicted to bring {point.gain:.2f}x per FLOP what full training brings"
     point = gtflops.operating_point(profile, top, reuse="prefix", epochs_left=5, **of_150)
     assert point.reuses
+    what = f"training {len(point.selection.names)} of {len(profile.names)} tensors at {point.share:.2f} of a full step"
     assert point.reason == (
-        f"training {len(point.selection.names)} tensors at {point.share:.2f} of a full step with reuse for "
-        f"{point.steps} steps is predicted to bring {point.gain:.2f}x what training everything for 148 steps brings"
+        f"{what} with reuse for {point.steps} steps is predicted to bring {point.gain:.2f}x what training everything "
+        "for 148 steps brings"
     )
     assert repr(point) == f"OperatingPoint({point.reason})"
     data = json.loads(json.dumps(point.to_json(), allow_nan=False))
