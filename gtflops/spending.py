@@ -135,7 +135,8 @@ def operating_point(
     selection of cost ``b``, divided by ``a``. Ranges of costs are solved at their upper end and split, the most
     promising first, until none can be better by more than 0.1 %: some ten to hundred selections. With reuse under a
     total, so is each number of epochs that the run may take; for one that ends within an epoch ``upper_bound`` says
-    what a plan for just that many steps might bring beyond.
+    what a plan for just that many steps might bring beyond. A selection takes some tenths of a millisecond for models
+    of some hundred tensors, and up to half a second where ``max_elements`` binds.
 
     >>> import gtflops
     >>> profile = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)
