@@ -141,11 +141,11 @@ def operating_point(
     >>> import gtflops
     >>> profile = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)
     >>> even = {tensor.name: float(tensor.numel) for tensor in profile.tensors}
-    >>> top = {name: 10 * value if ".11." in name else value for name, value in even.items()}
-    >>> gtflops.operating_point(profile, even).reason
-    'training everything is predicted to bring more per FLOP than any selection'
-    >>> gtflops.operating_point(profile, even, total_flops=1e13, num_steps=100).full_steps
-    27
+    >>> gtflops.operating_point(profile, even, total_flops=1e13, num_steps=100).reason
+    'at this budget, training everything for 25 steps is predicted to beat selection'
+    >>> top = {name: 100 * value if ".11." in name else value for name, value in even.items()}
+    >>> gtflops.operating_point(profile, top, total_flops=1e13, num_steps=100).trains_everything
+    False
     """
     problem = Problem.of(
         profile,

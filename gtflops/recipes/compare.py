@@ -39,9 +39,10 @@ def compare(
 
     A scheme is a name, or ``greentrainer@0.7`` for another budget than the settings', or ``greentrainer@auto``.
     ``learning_rates`` of some, by the same names, take the place of the settings': adapters want higher ones.
-    ``energy`` makes a meter for each run. Each run starts from the same weights, sees the same batches in the same order and draws the same random numbers.
-    What can be told before the first run is refused then (InputError): a scheme that does not fit the model, a budget
-    that does not fit the length. A run that fails later leaves the others as they are.
+    ``energy`` makes a meter for each run. Each run starts from the same weights, sees the same batches in the same
+    order and draws the same random numbers. What can be told before the first run is refused then (InputError): a
+    scheme that does not fit the model, a budget that does not fit the length. A run that fails later leaves the others
+    as they are.
     """
     runs_to_make = {label: _settings(label, settings, learning_rates or {}) for label in schemes}
     if len(runs_to_make) != len(schemes) or not schemes:
