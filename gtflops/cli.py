@@ -980,6 +980,7 @@ def advise_command(
     data: Data = "aclsum",
     data_path: DataPath = None,
     columns: Columns = None,
+    validation: ValidationFile = None,
     total: Annotated[
         str | None,
         typer.Option(help="FLOPs that the whole run may spend, as '2 PFLOP'; without it, choices are held by FLOP."),
@@ -1004,7 +1005,7 @@ def advise_command(
     """
     from gtflops.recipes.advise import AdviceSettings, advise
 
-    examples = _data(data, data_path, columns, None)
+    examples = _data(data, data_path, columns, validation)
     settings = AdviceSettings(
         total_flops=None if total is None else _total_flops(total),
         epochs=epochs,
@@ -1030,7 +1031,9 @@ def _total_flops(total: str) -> float:
 
     flops = total_of(total).flops
     if flops is None:
-        raise InputError(f"--total is {total!r}, expected FLOPs, such as '2 PFLOP': hours and energy are not foreseen")
+        raise InputError(
+            f"--total is {total!r}, expected FLOPs, such as '2 PFLOP': hours and energy cannot be foreseen"
+        )
     return flops
 
 
