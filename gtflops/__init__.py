@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gtflops.profiling import Profile, ReusedStep, StepFlops, TensorCost, profile
     from gtflops.selection import Selection, select
     from gtflops.solver import KnapsackResult, knapsack
+    from gtflops.spending import OperatingPoint, operating_point
     from gtflops.timing import measure_time
     from gtflops.training import GreenTrainer
 
@@ -35,6 +36,7 @@ _HOME = {
     "InfeasibleBudgetError": "errors",
     "InputError": "errors",
     "KnapsackResult": "solver",
+    "OperatingPoint": "spending",
     "ProcessesError": "errors",
     "Profile": "profiling",
     "ReusedStep": "profiling",
@@ -50,6 +52,7 @@ _HOME = {
     "knapsack": "solver",
     "measure_importance": "importance",
     "measure_time": "timing",
+    "operating_point": "spending",
     "profile": "profiling",
     "register_flops": "operators",
     "select": "selection",
@@ -65,6 +68,7 @@ __all__ = [
     "InfeasibleBudgetError",
     "InputError",
     "KnapsackResult",
+    "OperatingPoint",
     "ProcessesError",
     "Profile",
     "ReusedStep",
@@ -80,6 +84,7 @@ __all__ = [
     "knapsack",
     "measure_importance",
     "measure_time",
+    "operating_point",
     "profile",
     "register_flops",
     "select",

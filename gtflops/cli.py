@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from gtflops.units import Unit, count_of, format_exactly, format_flops, format_s
 if TYPE_CHECKING:
     from gtflops.profiling import Profile
     from gtflops.recipes.adapters import Lora
+    from gtflops.recipes.advise import Advice
     from gtflops.recipes.compare import Comparison
     from gtflops.recipes.datasets import DataSet
     from gtflops.recipes.demo import Demo
@@ -550,14 +552,15 @@ MovingBudget = Annotated[
     str | None,
     typer.Option(
         help="Share of a full step's FLOPs that a step may cost, in (0, 1], or one for each epoch, as 0.4,0.5,0.7; "
-        "0.5 unless given.",
+        "or 'auto' for what brings most, with or without --total; 0.5 unless given.",
         rich_help_panel="Budget",
     ),
 ]
 TotalOption = Annotated[
     str | None,
     typer.Option(
-        help="What the whole run may spend, in place of --budget: '2 PFLOP', '3 h', or '1.5 kWh' (with --energy).",
+        help="What the whole run may spend, in place of --budget, or with --budget auto: '2 PFLOP', '3 h', or "
+        "'1.5 kWh' (with --energy).",
         rich_help_panel="Budget",
     ),
 ]
@@ -572,6 +575,8 @@ Shares = Annotated[
     str,
     typer.Option(help="Share of a full step from each intensity of --grid on.", rich_help_panel="Budget"),
 ]
+#: What --budget is where what brings most is to be found out.
+AUTO = "auto"
 #: What --shares is unless given.
 SHARES = "0=1.0,200=0.6,400=0.4"
 EveryOption = Annotated[
@@ -673,6 +678,8 @@ def train_command(
 
     Example: gtflops train smollm2 --epochs 3 --total '1.5 kWh' --energy FRA --checkpoints run --log run.jsonl
 
+    Example: gtflops train smollm2 --epochs 3 --budget auto --total '200 TFLOP'
+
     Example: torchrun --nproc-per-node 2 -m -- gtflops train smollm2 --checkpoints run --log run.jsonl
     """
     from gtflops.files import write_whole
@@ -759,12 +766,15 @@ def train_command(
         _print_json(_run_json(result))
     else:
         label = total or (f"by {grid}" if grid is not None else f"budget {budget or '0.5'}")
+        if budget == AUTO and total is not None:
+            label = f"{AUTO}, {total}"
         out.print(_runs_table({label if result.scheme.budgeted else result.scheme.name: result}, unit))
     if save_importance is not None and result.selection is not None:
         write_whole(save_importance, json.dumps(dict(result.selection.importance), indent=1))
     if html is not None:
         _write_html(html, result.profile, result.selection, result.log)
     _say_written(save, save_importance, html, log)
+    _say_reasons(result)
     _say_stopped(result, settings.steps)
 
 
@@ -858,6 +868,7 @@ def compare_command(
     else:
         _print_wide(_comparison_table(compared, unit))
     for name, made in compared.runs.items():
+        _say_reasons(made, f"{name} ")
         _say_stopped(made, settings.steps, f"{name} ")
     for name, message in compared.failed.items():
         err.print(f"{name} failed: {message}", markup=False, highlight=False, soft_wrap=True)
@@ -908,16 +919,19 @@ def _given(options: dict[str, Any]) -> list[str]:
 
 def _budget(budget: str | None, total: str | None, grid: Path | None, shares: str, energy: str | None) -> "BudgetLike":
     """What the options say, of which one may be given; kilowatt-hours, where ``energy`` is measured."""
-    from gtflops.training import CarbonAware, total_of
+    from gtflops.training import Auto, CarbonAware, total_of
 
-    given = _given({"--budget": budget, "--total": total, "--grid": grid})
+    is_auto = budget == AUTO
+    given = _given({"--budget": None if is_auto and grid is None else budget, "--total": total, "--grid": grid})
     if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} are given; expected one of them")
+        raise InputError(f"{' and '.join(given)} are given; expected one of them, or --budget auto with --total")
     if total is not None:
         whole = total_of(total)
         if whole.kwh is not None and energy is None:
             raise InputError(f"--total {total!r} needs the energy to be measured; add --energy, as in --energy FRA")
-        return whole
+        return Auto(whole) if is_auto else whole
+    if is_auto:
+        return Auto()
     if grid is not None:
         pairs = _pairs("shares", shares.split(","))
         return CarbonAware(grid, {_number("--shares", at): _number("--shares", share) for at, share in pairs.items()})
@@ -959,6 +973,15 @@ def _say_stopped(run: "FineTuneResult", steps: int, who: str = "") -> None:
         err.print(say, highlight=False, markup=False, soft_wrap=True)
 
 
+def _say_reasons(run: "FineTuneResult", who: str = "") -> None:
+    """Why a budget that finds out by itself trained what it did, where that changed."""
+    before = None
+    for record in run.log.selections:
+        if record.reason is not None and record.reason != before:
+            err.print(f"{who}step {record.step}: {record.reason}", highlight=False, markup=False, soft_wrap=True)
+        before = record.reason
+
+
 def _say_interrupted(stopped: "InterruptedRunError") -> None:
     """At which step, and how to go on."""
     if stopped.checkpoints is None:
@@ -988,6 +1011,69 @@ def _number(name: str, text: str) -> float:
         return float(text)
     except ValueError as error:
         raise InputError(f"{name} is {text!r}, expected a number") from error
+
+
+@app.command("advise")
+def advise_command(
+    model: Weights,
+    data: Data = "aclsum",
+    data_path: DataPath = None,
+    columns: Columns = None,
+    validation: ValidationFile = None,
+    total: Annotated[
+        str | None,
+        typer.Option(help="FLOPs that the whole run may spend, as '2 PFLOP'; without it, choices are held by FLOP."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training examples, at most.", min=1)] = 3,
+    batch_size: Sequences = 4,
+    seq_len: Tokens = None,
+    target_len: TargetLen = None,
+    measure_on: Annotated[int, typer.Option(help="Batches that importance is averaged over.", min=1)] = 4,
+    learning_rate: LearningRate = 5e-5,
+    seed: Seed = 0,
+    attention: ModelAttention = Attention.EAGER,
+    device: Device = None,
+    allow_unsupported: AllowUnsupported = False,
+    as_json: AsJson = False,
+) -> None:
+    """How to spend a total of FLOPs: what each budget, reuse, LoRA, top layers and fewer full steps would bring.
+
+    Measures importance on a few batches, each of which takes as long as a full step, and trains nothing.
+
+    Example: gtflops advise smollm2 --data aclsum --epochs 3 --total '100 TFLOP'
+    """
+    from gtflops.recipes.advise import AdviceSettings, advise
+
+    examples = _data(data, data_path, columns, validation)
+    settings = AdviceSettings(
+        total_flops=None if total is None else _total_flops(total),
+        epochs=epochs,
+        batch_size=batch_size,
+        seq_len=seq_len or examples.seq_len,
+        target_len=target_len or examples.target_len,
+        measure_on=measure_on,
+        learning_rate=learning_rate,
+        seed=seed,
+        allow_unsupported=allow_unsupported,
+    )
+    with err.status(f"loading {model}") as status:
+        pretrained = _pretrained(model, attention, device, lambda stage, done, of: None)
+        advice = advise(pretrained, examples, settings, status.update)
+    if as_json:
+        _print_json(advice.to_json())
+    else:
+        _print_advice(advice)
+
+
+def _total_flops(total: str) -> float:
+    from gtflops.training import total_of
+
+    flops = total_of(total).flops
+    if flops is None:
+        raise InputError(
+            f"--total is {total!r}, expected FLOPs, such as '2 PFLOP': hours and energy cannot be foreseen"
+        )
+    return flops
 
 
 @app.command("demo")
@@ -1116,6 +1202,55 @@ _METRICS = {
 }
 
 
+def _print_advice(advice: "Advice") -> None:
+    """What was looked at, its dead work, a row for each choice, and what to do."""
+    from gtflops.units import format_flops
+
+    settings = advice.settings
+    what = f"{advice.model} on {advice.data}: {advice.num_examples:,} examples, batches of {settings.batch_size} x "
+    what += f"{settings.seq_len} tokens, {advice.num_steps:,} steps in {settings.epochs} epochs"
+    what += f"; a full step is {format_flops(advice.full_flops)}"
+    lines = [what, *_dead_work_lines(advice), ""]
+    out.print("\n".join(lines), highlight=False, markup=False)
+    total = settings.total_flops
+    table = Table(
+        title="What each choice brings" + ("" if total is None else f" for {format_flops(total)}"),
+        title_justify="left",
+        caption="Share: FLOPs of a step by a full one, with reuse on average over the epochs. Per FLOP: importance by "
+        "FLOPs, everything = 1." + ("" if total is None else " Gain: importance of all steps, everything = 1."),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("Choice")
+    for heading in ("Share", "Importance captured", "Per FLOP", *(() if total is None else ("Steps", "Gain"))):
+        table.add_column(heading, justify="right")
+    for choice in advice.choices:
+        under = () if total is None else (f"{choice.steps:,}", "" if choice.gain is None else f"{choice.gain:.2f}")
+        table.add_row(
+            choice.name + (", reuse" if choice.reuse else ""),
+            f"{choice.share:.3f}",
+            "not estimated" if choice.captured is None else f"{choice.captured:.1%}",
+            "" if choice.per_flop is None else f"{choice.per_flop:.2f}",
+            *under,
+        )
+    out.print(table)
+    for line in (*advice.recommendation, *(f"note: {note}" for note in advice.notes)):
+        out.print(line, highlight=False, markup=False)
+
+
+def _dead_work_lines(advice: "Advice") -> list[str]:
+    dead = advice.dead
+    lines = [
+        f"Dead work: {dead.padding / dead.positions:.1%} of the positions are padding, "
+        f"{dead.supervised / dead.head_positions:.1%} of the head's have a label."
+    ]
+    shares = {"padding": dead.padding_flops, "the head at positions without a label": dead.head_flops}
+    known = [f"{share:.1%} on {what}" for what, share in shares.items() if share is not None]
+    both = "" if dead.flops is None else f", together {dead.flops:.1%}"
+    return [*lines, f"Of a full step's FLOPs, {' and '.join(known)}{both}."] if known else lines
+
+
 def _comparison_table(compared: "Comparison", unit: Unit) -> Table:
     """A row for each scheme."""
     runs = compared.runs
@@ -1207,7 +1342,7 @@ def _run_json(run: "FineTuneResult") -> dict[str, Any]:
         "validation_loss_after": run.loss_after,
         "quality": dict(run.quality),
         "selections": [
-            {"step": record.step, **record.selection.to_json()}
+            {"step": record.step, "reason": record.reason, **record.selection.to_json()}
             for record in run.log.selections
             if record.selection is not None
         ],

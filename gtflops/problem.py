@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
@@ -90,11 +90,6 @@ class Problem:
         item_of = np.arange(len(values)) if granularity == "tensor" else _layers(profile.names, undecided)
         worth = np.zeros(item_of.max(initial=-1) + 1)
         np.add.at(worth, item_of, np.where(undecided, values, 0.0))
-        left: Form = whole if form == "graph" else whole.chain
-        if forced.any():
-            left = left.paid(forced)
-        if granularity == "layer":
-            left = left.merged(item_of)
         problem = cls(
             profile,
             dict(importance),
@@ -109,10 +104,21 @@ class Problem:
             forced,
             item_of,
             worth,
-            left,
+            _left(whole, form, forced, item_of if granularity == "layer" else None),
         )
         problem._require_something_to_train()
         return problem
+
+    def over_epochs(self, epochs_left: int) -> "Problem":
+        """The same problem with reuse over another number of epochs."""
+        whole = exact_form(self.profile, self.cost, epochs_left, self.held, self.among)
+        item_of = self.item_of if self.granularity == "layer" else None
+        form = _left(whole, self.form_name, self.forced, item_of)
+        return replace(self, epochs_left=epochs_left, form=form)
+
+    def fits(self, mask: npt.NDArray[np.bool_]) -> bool:
+        """Whether a selection is within the limit on elements."""
+        return self.max_elements is None or int(_numel(self.profile)[mask].sum()) <= self.max_elements
 
     def solve(self, limit: int) -> Solution:
         """The best tensors whose step costs at most ``limit``; InfeasibleBudgetError where there are none."""
@@ -232,6 +238,16 @@ class Problem:
         if with_reuse < without:
             return f"; reuse='prefix' lowers that, down to {with_reuse:.4f} over many epochs"
         return ""
+
+
+def _left(
+    whole: GraphForm, name: FormName, forced: npt.NDArray[np.bool_], item_of: npt.NDArray[np.intp] | None
+) -> Form:
+    """What is left of a form over all tensors where ``forced`` ones are paid and others are merged to items."""
+    form: Form = whole if name == "graph" else whole.chain
+    if forced.any():
+        form = form.paid(forced)
+    return form if item_of is None else form.merged(item_of)
 
 
 def exact_form(

@@ -467,6 +467,29 @@ def test_compare_by_budgets_that_move(tiny: Path, pairs: Path) -> None:
     assert all(one["energy"]["co2_kg"] > 0 for one in both["runs"].values())
 
 
+def test_train_where_flops_pay(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    """Fewer and dearer steps of a total; the run ends when it is spent, with a rate that has come down by then."""
+    log = tmp_path / "run.jsonl"
+    options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4", "--json"]
+    options += ["--budget", "auto", "--total", "0.15 GFLOP", "--steps", "30", "--every", "15", "--log", log]
+    result = run("train", tiny, *options)
+    data = json.loads(result.stdout)
+    assert 0.9 * 1.5e8 < data["planned_flops"] + data["measuring_flops"] <= 1.5e8
+    assert len(data["losses"]) < 20
+    assert "Total(flops=150000000) is spent" in data["stopped"]
+    reason = data["selections"][0]["reason"]
+    assert "is predicted to" in reason
+    assert f"step 0: {reason}" in result.stderr
+    lines = gtflops.training.read_log(log)
+    rates = [line["learning_rate"] for line in lines if line["record"] == "step"]
+    assert rates[0] == 5e-5
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.2 * rates[0]
+    assert [line["reason"] for line in lines if line["record"] == "selection"] == [
+        selection["reason"] for selection in data["selections"]
+    ]
+
+
 def test_compare_where_a_total_is_spent(tiny: Path, pairs: Path) -> None:
     options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4"]
     total = ["--steps", "200", "--total", "0.2 s", "--schemes", "greentrainer", "--no-count"]
@@ -554,7 +577,7 @@ def test_ops_names_what_has_no_price_first(tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_gives_examples() -> None:
     listed = run("--help").stdout
-    for command in ("profile", "verify", "select", "frontier", "report", "ops", "train", "compare", "demo"):
+    for command in ("profile", "verify", "select", "frontier", "report", "ops", "train", "compare", "advise", "demo"):
         assert command in listed
         assert "Example: gtflops" in run(command, "--help").stdout
     assert run("--version").stdout.startswith("gtflops ")
@@ -617,6 +640,8 @@ def test_help_names_every_command_and_gives_examples() -> None:
         (["train", "TINY", "--every", "day"], "--every is 'day', expected a positive number of optimizer steps, or"),
         (["train", "TINY", "--total", "2 PFLIP"], "the total is '2 PFLIP', expected a number and a unit, such as"),
         (["train", "TINY", "--total", "2 h", "--budget", "0.5"], "--budget and --total are given; expected one"),
+        (["train", "TINY", "--budget", "auto", "--grid", "g.csv"], "--budget and --grid are given; expected one"),
+        (["advise", "TINY", "--total", "2 h"], "--total is '2 h', expected FLOPs, such as '2 PFLOP'"),
         (["train", "TINY", "--total", "2 kWh"], "add --energy, as in --energy FRA"),
         (["train", "TINY", "--scheme", "full", "--total", "2 h"], "--total is for the scheme greentrainer"),
         (["train", "TINY", "--energy", "FRX"], "expected a code of three letters"),

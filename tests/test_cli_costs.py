@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gtflops
 from gtflops.cli import main
 from small_models import build
+from small_tokenizer import save_llama
 
 
 def run(*arguments: str | Path, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,9 +36,11 @@ def run(*arguments: str | Path, expect: int = 0, **environment: str) -> subproce
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration of a small Llama in a folder ``tiny``, and ``tiny.json``, its profile."""
+    """A small Llama with weights in a folder ``tiny``, ``tiny.json``, its profile, and ``pairs.jsonl`` to train on."""
     folder = tmp_path_factory.mktemp("costs")
-    build("llama").config.save_pretrained(folder / "tiny")
+    save_llama(folder / "tiny")
+    rows = [{"prompt": "what it costs " * (1 + index % 3), "target": "a model learns"} for index in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         gtflops.profile("tiny", batch_size=2, seq_len=16).save("tiny.json")

@@ -151,7 +151,7 @@ def run(command: str, small: Path) -> None:
 def shrunk(command: str) -> str:
     """The command on the small model and few rows, with all its options."""
     command = LARGE.sub("small", command).replace("aclsum", "pairs.jsonl")
-    needs_data = re.match(r"gtflops (train|compare)\b", command) and "--data" not in command
+    needs_data = re.match(r"gtflops (train|compare|advise)\b", command) and "--data" not in command
     return f"{command} --data pairs.jsonl" if needs_data else command
 
 

@@ -252,6 +252,19 @@ def test_peft_selects_among_adapters(tmp_path: Path) -> None:
     assert {name for name, tensor in model.named_parameters() if tensor.requires_grad} == adapters
 
 
+def test_what_brings_most_per_flop_is_trained_for_its_reason(tmp_path: Path) -> None:
+    callback = GreenTrainerCallback("auto", every=3)
+    trainer = trainer_of(build("llama"), tmp_path, callback, max_steps=4)
+    trainer.train()
+    assert trainer.executed == planned(callback)
+    for record in callback.log.selections:
+        assert record.reason is not None
+        assert "is predicted to bring" in record.reason
+        assert record.budget is None
+    assert callback.state()["args"]["budget"] == "auto"
+    assert "gtflops/budget" not in trainer.state.log_history[0]
+
+
 # --- flipping while training ------------------------------------------------------------------------------------
 
 

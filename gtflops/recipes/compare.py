@@ -12,6 +12,7 @@ from gtflops.recipes.finetune import FineTuneResult, FineTuneSettings, finetune
 from gtflops.recipes.models import Pretrained
 from gtflops.recipes.schemes import scheme
 from gtflops.training import EnergyMeter, StepRecord, budget_of
+from gtflops.training.budgets import BudgetLike
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,12 @@ def compare(
 ) -> Comparison:
     """Fine-tune a copy of the model by each scheme, in turn.
 
-    A scheme is a name, or ``greentrainer@0.7`` for another budget than the settings'. ``learning_rates`` of some, by
-    the same names, take the place of the settings': adapters want higher ones. ``energy`` makes a meter for each run.
-    Each run starts from the same weights, sees the same batches in the same order and draws the same random numbers.
-    What can be told before the first run is refused then (InputError): a scheme that does not fit the model, a budget
-    that does not fit the length. A run that fails later leaves the others as they are.
+    A scheme is a name, or ``greentrainer@0.7`` for another budget than the settings', or ``greentrainer@auto``.
+    ``learning_rates`` of some, by the same names, take the place of the settings': adapters want higher ones.
+    ``energy`` makes a meter for each run. Each run starts from the same weights, sees the same batches in the same
+    order and draws the same random numbers. What can be told before the first run is refused then (InputError): a
+    scheme that does not fit the model, a budget that does not fit the length. A run that fails later leaves the others
+    as they are.
     """
     runs_to_make = {label: _settings(label, settings, learning_rates or {}) for label in schemes}
     if len(runs_to_make) != len(schemes) or not schemes:
@@ -77,10 +79,14 @@ def _settings(label: str, settings: FineTuneSettings, learning_rates: Mapping[st
     name, at, budget = label.partition("@")
     if at and not scheme(name).budgeted:
         raise InputError(f"{label!r} has a budget, but {name} takes none; expected as in greentrainer@0.7")
-    try:
-        share = float(budget) if at else settings.budget
-    except ValueError as error:
-        raise InputError(f"the budget in {label!r} is no number; expected as in greentrainer@0.7") from error
+    share: BudgetLike = settings.budget
+    if at:
+        try:
+            share = "auto" if budget == "auto" else float(budget)
+        except ValueError as error:
+            raise InputError(
+                f"the budget in {label!r} is no number; expected as in greentrainer@0.7, or greentrainer@auto"
+            ) from error
     rate = learning_rates.get(label, settings.learning_rate)
     return replace(settings, scheme=name, budget=share, learning_rate=rate)
 

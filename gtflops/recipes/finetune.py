@@ -21,7 +21,7 @@ from gtflops.recipes.memory import Memory, PeakMemory
 from gtflops.recipes.resuming import digest_of_texts, digest_of_weights, require_as_begun, write_beginning
 from gtflops.recipes.schemes import Scheme, scheme
 from gtflops.selection import Selection
-from gtflops.training import EnergyMeter, GreenTrainer, StepRecord, TrainingLog, Watcher, budget_of, processes
+from gtflops.training import Auto, EnergyMeter, GreenTrainer, StepRecord, TrainingLog, Watcher, budget_of, processes
 from gtflops.training.budgets import BudgetLike
 from gtflops.training.loop import Every, check_every
 
@@ -200,6 +200,12 @@ def finetune(
     base = profile or profile_of(model, first)
     loss_before = mean_loss(model, held_out) if loss_before is None else loss_before
 
+    trainer: GreenTrainer | None = None
+
+    def decay(step: int) -> float:
+        """To 0 at the last step, or where a total that may be spent before it will be."""
+        return max(0.0, 1 - max(step / settings.steps, 0.0 if trainer is None else _spent(trainer)))
+
     torch.manual_seed(settings.seed + processes.rank())  # for dropout, which each process draws by itself
     trained = chosen.prepare(model).train()
     costs = base if trained is model else profile_of(trained, first)
@@ -212,7 +218,7 @@ def finetune(
         costs,
         settings.budget if chosen.budgeted else None,
         settings.every,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / settings.steps)),
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, decay),
         count_executed=settings.count_executed,
         allow_unsupported=settings.allow_unsupported,
         granularity=settings.granularity,
@@ -269,6 +275,14 @@ def finetune(
         memory=peak.memory,
         batches_per_step=settings.accumulate * processes.count(),
     )
+
+
+def _spent(trainer: GreenTrainer) -> float:
+    """The share of its total that a run has spent which may end before its last step; 0 for any other."""
+    budget, log = trainer.budget, trainer.log
+    if not isinstance(budget, Auto) or budget.total is None or budget.total.flops is None:
+        return 0.0
+    return (log.planned_flops + log.measuring_flops) / budget.total.flops
 
 
 def _begin_or_go_on(folder: Path, resume: bool, options: Mapping[str, object]) -> None:

@@ -65,6 +65,7 @@ def training_log(path: Path, profile: Profile) -> TrainingLog:
                     seconds=line.number("seconds") or 0.0,
                     selection=None,
                     importance_captured=line.number("importance_captured"),
+                    reason=line.text("reason"),
                 )
             )
         elif line.record == END:
@@ -97,6 +98,12 @@ class _Line:
         value = self.fields.get(name)
         if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
             raise SavedFileError(f"{self.where}: {name} is {value!r}, expected a number or null")
+        return value
+
+    def text(self, name: str) -> str | None:
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, str):
+            raise SavedFileError(f"{self.where}: {name} is {value!r}, expected a text or null")
         return value
 
     def names(self, profile: Profile) -> tuple[str, ...]:

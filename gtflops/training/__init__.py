@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gtflops.training.budgets import Budget, CarbonAware, Progress, Total, budget_of, total_of
+    from gtflops.training.budgets import Auto, Budget, CarbonAware, Progress, Total, budget_of, total_of
     from gtflops.training.energy import Energy, EnergyMeter
     from gtflops.training.intensity import IntensitySeries, read_intensity
     from gtflops.training.loop import GreenTrainer
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Where each name lives. They are loaded when first used: a log is read and reported without torch.
 _HOME = {
+    "Auto": "budgets",
     "Budget": "budgets",
     "CarbonAware": "budgets",
     "Energy": "energy",
@@ -35,6 +36,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Auto",
     "Budget",
     "CarbonAware",
     "Energy",

@@ -8,9 +8,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from gtflops.errors import InfeasibleBudgetError, InputError
+from gtflops.problem import Problem
+from gtflops.spending import OperatingPoint, Spending, point_of
 from gtflops.training.intensity import Intensity, IntensityLike, intensity_of, is_number, require_intensity
 from gtflops.units import FLOPS_BY_PREFIX, format_flops
 
@@ -60,8 +62,17 @@ class Budget(Protocol):
         """Why the run must end before something that costs ``next_flops``; ``None`` if it may go on."""
         return None
 
+    def point(self, problem: Problem, progress: Progress) -> OperatingPoint | None:
+        """What to train, by a budget that looks at importances and costs itself; ``None`` for one that gives a share.
 
-BudgetLike: TypeAlias = float | Sequence[float | None] | Callable[[Progress], float | None] | Budget | None
+        Asked after :meth:`share` at each selection; what it gives is trained as it is, within no share of each step.
+        """
+        return None
+
+
+BudgetLike: TypeAlias = (
+    float | Literal["auto"] | Sequence[float | None] | Callable[[Progress], float | None] | Budget | None
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +199,19 @@ class Total(Budget):
             return None
         return f"{self} is spent: {used / unit:.6g} after {progress.step} steps"
 
+    def spending(self, progress: Progress, full_flops: int) -> Spending | None:
+        """What is left, for the steps left, where a full step costs ``full_flops``; ``None`` where nothing tells yet.
+
+        Steps of the run may cost another number, by the lengths and the number of their batches.
+        """
+        self.check(progress.num_steps, None)
+        assert progress.num_steps is not None
+        left, scale = self._flops_left(progress), full_flops / Fraction(progress.full_flops)
+        if left is None or left <= 0:
+            return None
+        steps_left = max(1, progress.num_steps - progress.step)
+        return Spending(left * scale, steps_left, Fraction(progress.measuring_flops_left) / steps_left * scale)
+
     def _flops_left(self, progress: Progress) -> Fraction | None:
         """FLOPs that what is left pays for; ``None`` where nothing tells yet."""
         if self.flops is not None:
@@ -210,6 +234,41 @@ class Total(Budget):
         if self.flops is not None:
             return f"Total(flops={int(self.flops)})"
         return f"Total(hours={self.hours})" if self.hours is not None else f"Total(kwh={self.kwh})"
+
+
+@dataclass(frozen=True, slots=True)
+class Auto(Budget):
+    """Whatever brings the most, by importance: ``budget="auto"``, or ``Auto(Total(flops=2e15))`` for a whole run.
+
+    At each selection it trains the :func:`gtflops.operating_point`: the selection with the most importance per FLOP, or
+    everything where no selection beats that. With a total, what is left of it is to bring the most until the steps of
+    the run are over: everything for fewer steps, where that is predicted to bring more, so that the run ends when the
+    total is spent; everything for all steps, where it pays for that. No step is held to a share. The reason is in the
+    log of each selection. Until hours or energy tell what a FLOP takes, they are no total yet.
+
+    Importance is measured at each selection, also where everything is trained: about a full step each time, which the
+    total pays.
+    """
+
+    total: Total | None = None
+
+    def __post_init__(self) -> None:
+        if self.total is not None and not isinstance(self.total, Total):
+            raise InputError(f"the total of Auto is {self.total!r}, expected one such as Total(flops=2e15)")
+
+    def check(self, num_steps: int | None, num_epochs: int | None) -> None:
+        if self.total is not None:
+            self.total.check(num_steps, num_epochs)
+
+    def share(self, progress: Progress) -> float | None:
+        return 1.0
+
+    def exhausted(self, progress: Progress, next_flops: int) -> str | None:
+        return None if self.total is None else self.total.exhausted(progress, next_flops)
+
+    def point(self, problem: Problem, progress: Progress) -> OperatingPoint | None:
+        spending = None if self.total is None else self.total.spending(progress, problem.full)
+        return point_of(problem, spending)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +317,11 @@ class CarbonAware(Budget):
 
 
 def budget_of(value: BudgetLike) -> Budget:
-    """A number, ``None``, a list by epoch, a function of :class:`Progress` or a :class:`Budget`, as a budget."""
+    """A number, ``None``, ``"auto"``, a list by epoch, a function of :class:`Progress` or a :class:`Budget`."""
     if value is None or is_number(value):
         return Constant(value)
+    if isinstance(value, str) and value == "auto":
+        return Auto()
     if isinstance(value, Budget):
         if isinstance(value, type):
             raise InputError(f"budget is the class {value.__name__}, expected an instance of it")
@@ -270,8 +331,8 @@ def budget_of(value: BudgetLike) -> Budget:
     if callable(value):
         return ByFunction(value)
     raise InputError(
-        f"budget is {value!r}, expected a share of a full step in (0, 1], a list of them by epoch, a function of "
-        "Progress, or a Budget such as Total"
+        f"budget is {value!r}, expected a share of a full step in (0, 1], a list of them by epoch, 'auto', a function "
+        "of Progress, or a Budget such as Total"
     )
 
 

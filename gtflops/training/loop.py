@@ -1,6 +1,7 @@
 """Train under a budget of FLOPs: select, train, select again."""
 
 import inspect
+import logging
 import math
 import signal
 import threading
@@ -38,6 +39,8 @@ from gtflops.training.processes import Processes
 from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
 from gtflops.training.reusing import BatchCosts, reusing_of
 from gtflops.training.watching import Watcher
+
+_logger = logging.getLogger(__name__)
 
 #: When to select anew: every so many optimizer steps, at the start of each epoch, or where a function of the number of
 #: steps made says so.
@@ -92,8 +95,9 @@ class GreenTrainer:
         profile_or_batch: a :class:`gtflops.Profile` of this model, or a batch to profile it on.
         budget: share of a full step's FLOPs that a step may cost, in (0, 1]; a list of them by epoch; a function of
             :class:`gtflops.training.Progress`; a :class:`gtflops.training.Total` for the whole run, or
-            :class:`gtflops.training.CarbonAware`. It is asked at each selection. ``None`` trains every candidate, the
-            full fine-tuning to compare with.
+            :class:`gtflops.training.CarbonAware`. ``"auto"``, or :class:`gtflops.training.Auto` with a total, finds out
+            what brings the most importance per FLOP, if need be everything for fewer steps. It is asked at each
+            selection. ``None`` trains every candidate, the full fine-tuning to compare with.
         every: when to select anew: a number of optimizer steps, ``"epoch"``, or a function of the number of steps made.
         loss: ``loss(outputs, batch)``, a scalar tensor; ``outputs.loss`` without it.
         scheduler: stepped after each optimizer step of :meth:`fit`.
@@ -395,6 +399,8 @@ class GreenTrainer:
             importance_captured=None if selection is None else selection.importance_captured,
         )
         self.log.selections.append(record)
+        if reason is not None:
+            _logger.info("step %d: %s", record.step, reason)
         return record
 
     def _hold_below(self, costs: Profile, chosen: frozenset[str], held: tuple[str, ...]) -> str | None:
@@ -476,6 +482,9 @@ class GreenTrainer:
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
         if share is None:
             return None, None, problems[0], None
+        if point := self.processes.first("the operating point", lambda: self._point(problems, progress)):
+            number, data, reason = point
+            return Selection.from_json(costs, data, importance), None, problems[number], reason
         limit = limit_of(costs, budget=share)
         if self._reusing is not None:  # what was spent ahead is paid back out of it
             limit -= -(-self._reusing.due(self._steps_left()) * costs.full_flops // full)
@@ -497,6 +506,19 @@ class GreenTrainer:
                 Problem.of(costs, importance, reuse="prefix", epochs_left=epochs_left, among=among, **self._conditions)
             )
         return problems or [Problem.of(costs, importance, **self._conditions)]
+
+    def _point(self, problems: Sequence[Problem], progress: Progress) -> tuple[int, dict[str, Any], str] | None:
+        """What a budget wants trained, and why, as plain data for the other processes, after the number of its problem;
+        ``None`` for a share."""
+        found = [(problem, self.budget.point(problem, progress)) for problem in problems]
+        points = [(number, problem, point) for number, (problem, point) in enumerate(found) if point is not None]
+        if not points:
+            return None
+        number, problem, point = max(points, key=lambda one: one[2].predicted)
+        reason = point.reason
+        if len(points) > 1:
+            reason = f"{'keeping what is stored' if problem.held else 'storing anew'}: {reason}"
+        return number, point.selection.to_json(), reason
 
     def _require_left(self, progress: Progress, flops: int) -> None:
         """BudgetSpentError where the budget of the run does not pay for ``flops``."""
