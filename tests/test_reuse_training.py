@@ -18,7 +18,7 @@ from gtflops import InputError
 from gtflops.errors import InfeasibleBudgetError, UnsupportedModelError
 from gtflops.integrations.transformers import GreenTrainerCallback
 from gtflops.reuse import ActivationStore
-from gtflops.training import Total
+from gtflops.training import Auto, Total
 from test_checkpoints import last_line, start
 from test_reuse_prefix import FAMILIES, Batch, without_dropout
 from test_trainer_callback import Counting, padded, rows, trainer_of
@@ -442,3 +442,23 @@ def test_interrupted_and_resumed(tmp_path: Path) -> None:
     assert [step.loss for step in resumed.steps] == [step.loss for step in whole.steps]
     for name, tensor in weights.items():
         assert torch.equal(weights_of_resumed[name], tensor), name
+
+
+# --- budgets that find out by themselves ----------------------------------------------------------------------------
+
+
+def test_auto_goes_by_importance_per_flop_with_reuse(tmp_path: Path) -> None:
+    """Where all importance is in the last layer, and later in the first."""
+    model, batches = family_of("llama")
+    measure = measuring([only(2), only(2), only(0), only(0), only(0)])
+    log = trainer_for(model, batches, tmp_path, budget="auto", measure=measure).fit(batches, epochs=5)
+    assert [len(record.held) for record in log.selections] == [2, 2, 0, 0, 0]
+    assert "x what storing anew brings" in str(log.selections[1].reason)
+    assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+
+
+def test_auto_with_a_total_never_exceeds_it(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    total = Total(flops=60_000_000)
+    log = trainer_for(model, batches, tmp_path, budget=Auto(total)).fit(batches, epochs=6)
+    assert 0.8 * 60_000_000 < log.planned_flops + log.measuring_flops <= 60_000_000

@@ -483,8 +483,8 @@ class GreenTrainer:
         if share is None:
             return None, None, problems[0], None
         if point := self.processes.first("the operating point", lambda: self._point(problems, progress)):
-            number, data, reason = point
-            return Selection.from_json(costs, data, importance), None, problems[number], reason
+            number, chosen, why = point
+            return Selection.from_json(costs, chosen, importance), None, problems[number], why
         limit = limit_of(costs, budget=share)
         if self._reusing is not None:  # what was spent ahead is paid back out of it
             limit -= -(-self._reusing.due(self._steps_left()) * costs.full_flops // full)
@@ -510,14 +510,16 @@ class GreenTrainer:
     def _point(self, problems: Sequence[Problem], progress: Progress) -> tuple[int, dict[str, Any], str] | None:
         """What a budget wants trained, and why, as plain data for the other processes, after the number of its problem;
         ``None`` for a share."""
-        found = [(problem, self.budget.point(problem, progress)) for problem in problems]
-        points = [(number, problem, point) for number, (problem, point) in enumerate(found) if point is not None]
+        asked = [(number, problem, self.budget.point(problem, progress)) for number, problem in enumerate(problems)]
+        points = [(number, problem, point) for number, problem, point in asked if point is not None]
         if not points:
             return None
         number, problem, point = max(points, key=lambda one: one[2].predicted)
         reason = point.reason
-        if len(points) > 1:
-            reason = f"{'keeping what is stored' if problem.held else 'storing anew'}: {reason}"
+        if problem.held:  # its "everything" is what stands above the boundary
+            reason = _described(problem, point.selection)
+            others = [other.predicted for _, _, other in points if other is not point]
+            reason += "".join(f", {point.predicted / other:.2f}x what storing anew brings" for other in others)
         return number, point.selection.to_json(), reason
 
     def _require_left(self, progress: Progress, flops: int) -> None:
