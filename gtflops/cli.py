@@ -589,6 +589,14 @@ EnergyOption = Annotated[
         rich_help_panel="What the run leaves",
     ),
 ]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for what the blocks below the trained tensors compute: stored in the first epoch, read in later "
+        "ones. The budget is then the average over the epochs.",
+        file_okay=False,
+    ),
+]
 Checkpoints = Annotated[
     Path | None,
     typer.Option(
@@ -655,6 +663,7 @@ def train_command(
     device: Device = None,
     allow_unsupported: AllowUnsupported = False,
     energy: EnergyOption = None,
+    store: StoreOption = None,
     checkpoints: Checkpoints = None,
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
@@ -676,6 +685,8 @@ def train_command(
 
     Example: gtflops train smollm2 --epochs 3 --budget 0.4,0.5,0.7 --every epoch
 
+    Example: gtflops train smollm2 --epochs 5 --budget 0.3 --every epoch --store activations
+
     Example: gtflops train smollm2 --epochs 3 --total '1.5 kWh' --energy FRA --checkpoints run --log run.jsonl
 
     Example: gtflops train smollm2 --epochs 3 --budget auto --total '200 TFLOP'
@@ -696,7 +707,7 @@ def train_command(
     for path in (html, save_importance, None if resume else log):  # a run that is resumed goes on in its log
         _require_free(path, force)
     _require_free(save, force, is_folder=True)
-    for folder in (save, checkpoints, tensorboard):
+    for folder in (save, store, checkpoints, tensorboard):
         if folder is not None:
             _make_folder(folder)
     conditions = {
@@ -732,6 +743,7 @@ def train_command(
             seed=seed,
             num_validation=loss_examples,
             num_quality=quality_examples,
+            store=store,
             allow_unsupported=allow_unsupported,
         )
         pretrained = _pretrained(model, attention, str(own_device) if own_device is not None else device, advance)

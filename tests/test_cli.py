@@ -22,6 +22,8 @@ import gtflops.training
 from branching_models import with_times
 from gtflops.cli import main
 from gtflops.report import SUFFIXES, schema
+from gtflops.report.log import training_log
+from small_models import build
 from small_tokenizer import save_llama
 
 
@@ -358,6 +360,30 @@ def test_train_by_budgets_of_epochs(tiny: Path, pairs: Path, tmp_path: Path) -> 
     page = (tmp_path / "run.html").read_text()
     assert "CO2, estimated" in page
     assert "Drop of the loss, predicted and real" in page
+
+
+def test_train_from_stored_activations(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    """Below the forward pass, by the command line; resumed with its store elsewhere, and not without one."""
+    options: list[str | Path] = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4"]
+    options += ["--budget", "0.25", "--every", "epoch", "--checkpoints", tmp_path / "run", "--epochs", "4"]
+    log = tmp_path / "run.jsonl"
+    data = json.loads(run("train", tiny, *options, "--store", tmp_path / "stored", "--log", log, "--json").stdout)
+    assert data["planned_flops"] <= 0.25 * data["full_step_flops"] * len(data["losses"])
+    lines = gtflops.training.read_log(log)
+    steps = [line for line in lines if line["record"] == "step"]
+    assert not steps[0]["reused"]
+    assert all(step["reused"] for step in steps[9:])  # and before, where the examples are the same
+    assert list((tmp_path / "stored").rglob("*.safetensors"))
+    profile = gtflops.profile(
+        build("llama"), {"input_ids": torch.ones(4, 16, dtype=torch.int64)}, lambda y, _: y[0].sum()
+    )
+    read = training_log(log, profile)
+    assert [step.reused for step in read.steps] == [step["reused"] for step in steps]
+    assert read.selections[0].held[0] == "model.layers.0"
+    assert "is stored" in str(read.selections[0].reason)
+    resumed = run("train", tiny, *options, "--resume", "--store", tmp_path / "elsewhere")
+    assert "is stored" in resumed.stderr
+    assert "--store was True and is False" in run("train", tiny, *options, "--resume", expect=2).stderr
 
 
 def test_train_until_a_total_is_spent(tiny: Path, pairs: Path, tmp_path: Path) -> None:

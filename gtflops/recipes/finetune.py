@@ -49,6 +49,8 @@ class FineTuneSettings:
     """Patterns of tensors that the scheme greentrainer trains in any case."""
     must_freeze: tuple[str, ...] = ()
     """Patterns of tensors that it never trains."""
+    store: Path | None = None
+    """A folder for what the blocks below the trained tensors compute, which later epochs read; None computes it."""
     learning_rate: float = 5e-5
     """Peak of AdamW's linear decay to zero, without warm-up (the published recipe's schedule)."""
     seed: int = 0
@@ -224,6 +226,8 @@ def finetune(
         granularity=settings.granularity,
         must_train=settings.must_train,
         must_freeze=settings.must_freeze,
+        reuse=None if settings.store is None else "prefix",
+        store=settings.store,
         energy=energy if processes.rank() == 0 else None,
         choose=None if chosen.choose is None else chosen.choose(settings.seed),
     )
@@ -307,12 +311,13 @@ def _options(model: Any, data: DataSet, settings: FineTuneSettings) -> dict[str,
         "--model": f"{type(model).__name__} with weights {digest_of_weights(model)}",
         "--attention": model.config._attn_implementation,
         "--data": f"{len(data.train)} training examples {digest_of_texts(examples)}",
+        "--store": settings.store is not None,
         **{f"--{name.replace('_', '-')}": getattr(settings, name) for name in fixed},
     } | ({} if scheme(settings.scheme).budgeted else {"--budget": None})
 
 
-#: Settings that no step depends on; a run may go on with others.
-_FREE = ("num_validation", "num_quality", "count_executed", "allow_unsupported")
+#: Settings that no step depends on; a run may go on with others, and with its store in another folder.
+_FREE = ("num_validation", "num_quality", "count_executed", "allow_unsupported", "store")
 
 
 def _quality(model: Any, tokenizer: Any, data: DataSet, settings: FineTuneSettings) -> dict[str, float]:

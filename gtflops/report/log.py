@@ -51,6 +51,7 @@ def training_log(path: Path, profile: Profile) -> TrainingLog:
                     real_drop=line.number("real_drop"),
                     kwh=line.number("kwh"),
                     co2_kg=line.number("co2_kg"),
+                    reused=line.fields.get("reused") is True,
                 )
             )
         elif line.record == "selection":
@@ -65,6 +66,7 @@ def training_log(path: Path, profile: Profile) -> TrainingLog:
                     seconds=line.number("seconds") or 0.0,
                     selection=None,
                     importance_captured=line.number("importance_captured"),
+                    held=tuple(map(str, line.fields.get("held") or ())),
                     reason=line.text("reason"),
                 )
             )
