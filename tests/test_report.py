@@ -28,6 +28,7 @@ from gtflops.profiling import Profile, UnsupportedOperator
 from gtflops.report import SUFFIXES, schema, write
 from gtflops.report.budgets import budget_curve
 from gtflops.report.grid import Grid
+from gtflops.report.markdown import escape
 from gtflops.report.summary import evenly, summarise, visible
 from gtflops.report.terminal import profile_tables, selection_table
 from gtflops.selection import Selection, select
@@ -205,6 +206,17 @@ def test_energy_end_and_drop_of_a_run(profile: Profile, log: TrainingLog, tmp_pa
     assert "all is spent" in text
     assert "Drop of the loss, predicted and real" in text
     assert "<by>" not in text
+
+
+def test_why_it_was_that_selection(profile: Profile, log: TrainingLog, tmp_path: Path) -> None:
+    """Escaped, as all that is not the report's own."""
+    why = "what is <stored> is kept"
+    with_reason = TrainingLog(log.steps, [replace(log.selections[0], reason=why), *log.selections[1:]])
+    for suffix in (".json", ".md", ".html"):
+        write(tmp_path / f"why{suffix}", profile, log=with_reason)
+    assert read_json(tmp_path / "why.json")["training"]["selections"][0]["reason"] == why
+    assert f"* After step 0: {escape(why)}\n" in (tmp_path / "why.md").read_text()
+    assert "<li>After step 0: what is &lt;stored&gt; is kept.</li>" in (tmp_path / "why.html").read_text()
 
 
 @pytest.mark.parametrize("suffix", [".json", ".md", ".html"])

@@ -142,6 +142,10 @@ def _training(summary: Summary) -> Iterator[str]:
                 for event in training.selections
             ),
         )
+        reasons = [(event.step, event.reason) for event in training.selections if event.reason is not None]
+        yield from (f"* After step {step}: {escape(reason)}" for step, reason in reasons)
+        if reasons:
+            yield ""
 
 
 def _tensors(summary: Summary) -> Iterator[str]:

@@ -231,6 +231,8 @@ class SelectionEvent:
     importance_captured: float | None
     """``None`` where the tensors were not selected by importance."""
     seconds: float
+    reason: str | None
+    """Why it was this one, where there was a choice besides the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,6 +414,7 @@ class Summary:
                     "flops": event.flops,
                     "importance_captured": event.importance_captured,
                     "seconds": event.seconds,
+                    "reason": event.reason,
                 }
                 for event in training.selections
             ],
@@ -608,6 +611,7 @@ def _training(profile: Profile, log: "TrainingLog") -> TrainingSummary:
                 flops=record.flops,
                 importance_captured=record.importance_captured,
                 seconds=record.seconds,
+                reason=record.reason,
             )
             for record in log.selections
         ),
