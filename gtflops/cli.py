@@ -584,6 +584,13 @@ Log = Annotated[
 TensorBoardOption = Annotated[
     Path | None, typer.Option(help="Folder for TensorBoard.", file_okay=False, rich_help_panel="What the run leaves")
 ]
+TrimOption = Annotated[
+    bool,
+    typer.Option(
+        "--trim",
+        help="Batches by length, without padding, the head at labels alone: the same loss for fewer FLOPs.",
+    ),
+]
 Accumulate = Annotated[int, typer.Option(help="Batches whose gradients make one optimizer step.", min=1)]
 
 
@@ -611,6 +618,7 @@ def train_command(
     batch_size: Sequences = 4,
     seq_len: Tokens = None,
     target_len: TargetLen = None,
+    trim: TrimOption = False,
     learning_rate: LearningRate = 5e-5,
     seed: Seed = 0,
     loss_examples: NumValidation = None,
@@ -684,6 +692,7 @@ def train_command(
             granularity=granularity.value,
             must_train=tuple(must_train or ()),
             must_freeze=tuple(must_freeze or ()),
+            trim="auto" if trim else None,
             learning_rate=learning_rate,
             seed=seed,
             num_validation=loss_examples,
@@ -754,6 +763,7 @@ def compare_command(
     batch_size: Sequences = 4,
     seq_len: Tokens = None,
     target_len: TargetLen = None,
+    trim: TrimOption = False,
     learning_rate: LearningRate = 5e-5,
     learning_rate_of: Annotated[
         list[str] | None, typer.Option(help="Another rate for one scheme, as lora=5e-4; repeatable.")
@@ -795,6 +805,7 @@ def compare_command(
         target_len=target_len or examples.target_len,
         budget=moving,
         every=_every(every),
+        trim="auto" if trim else None,
         learning_rate=learning_rate,
         seed=seed,
         num_validation=loss_examples,
