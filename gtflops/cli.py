@@ -731,7 +731,8 @@ def train_command(
         _print_json(_run_json(result))
     else:
         label = total or (f"by {grid}" if grid is not None else f"budget {budget or '0.5'}")
-        out.print(_runs_table({label if result.scheme.budgeted else result.scheme.name: result}))
+        name = label if result.scheme.budgeted else result.scheme.name
+        out.print(_runs_table({name: result}, trimmed=trim))
     if save_importance is not None and result.selection is not None:
         write_whole(save_importance, json.dumps(dict(result.selection.importance), indent=1))
     if html is not None:
@@ -1013,7 +1014,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
     return {"operators": entry.ops, "kind": entry.kind, "formula": entry.text, "source": entry.source}
 
 
-def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
+def _runs_table(runs: "dict[str, FineTuneResult]", *, trimmed: bool) -> Table:
     """Runs side by side, a column each."""
     from gtflops.units import format_flops, format_seconds
 
@@ -1030,6 +1031,8 @@ def _runs_table(runs: "dict[str, FineTuneResult]") -> Table:
         "planned FLOPs a step, share of full",
         lambda run: f"{run.log.steps[0].planned_flops / run.log.steps[0].full_flops:.3f}",
     )
+    if trimmed:
+        row("planned FLOPs, share of full steps on whole batches", lambda run: f"{run.flops_share:.3f}")
     row("FLOPs to measure importance", lambda run: format_flops(run.log.measuring_flops))
     table.add_section()
     row("one step, planned", lambda run: f"{run.counted.planned:,}")

@@ -6,6 +6,7 @@ In evaluation mode where two passes are compared: with dropout, random numbers f
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,15 @@ from gtflops.capture.batches import TARGET_POSITIONS
 from gtflops.capture.resizing import layout_of
 from gtflops.integrations.transformers import GreenTrainerCallback
 from gtflops.recipes.batches import EpochBatches
-from gtflops.recipes.datasets import Example
+from gtflops.recipes.datasets import DataSet, Example
+from gtflops.recipes.finetune import FineTuneSettings, finetune
 from gtflops.reuse import ActivationStore, Prefix
 from gtflops.reuse.examples import examples_of
 from gtflops.shapes import Sizes
 from gtflops.training.pricing import Prices
 from gtflops.trimming import FAMILIES, ByLength, Trim, by_length
 from small_models import VOCABULARY, build
-from small_tokenizer import word_tokenizer
+from small_tokenizer import WORDS, word_tokenizer
 
 Batch = dict[str, torch.Tensor]
 
@@ -307,10 +309,6 @@ def test_a_head_that_is_not_called_is_an_error() -> None:
 
 
 # --- what is left as it is, and says so ---------------------------------------------------------------------------
-
-
-def left(model: Any, loss: Any = None) -> Callable[[], Trim]:
-    return lambda: Trim(model, loss)
 
 
 class OwnForward(hf.LlamaForCausalLM):
@@ -687,3 +685,23 @@ def test_epochs_of_grouped_batches() -> None:
         assert sum(one == other for one, other in zip(*used, strict=True)) >= 2
     again = list(loaders[0])
     assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(again, batches[0], strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["greentrainer", "lora"])
+def test_fine_tuning_by_length(scheme: str) -> None:
+    words = WORDS.split()
+    examples = tuple(Example(" ".join(words[at : at + 2 + at % 9]), "", words[at]) for at in range(24))
+    data = DataSet("words", examples, examples[:5], (), 16, 4, "rouge")
+    settings = FineTuneSettings(steps=6, batch_size=2, seq_len=16, scheme=scheme, every=3, count_executed=True)
+    runs = []
+    for trim in (None, "auto"):
+        torch.manual_seed(0)
+        model = build("opt")
+        runs.append(finetune(model, word_tokenizer(), data, replace(settings, trim=trim)))
+        assert not hooks_of(model)
+    for run in runs:
+        assert run.log.executed_flops == run.log.planned_flops
+        assert run.counted.planned == run.counted.executed
+    whole, trimmed = runs
+    assert trimmed.full_step_flops == whole.full_step_flops
+    assert trimmed.flops_share < 0.8 * whole.flops_share
