@@ -1014,7 +1014,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
     return {"operators": entry.ops, "kind": entry.kind, "formula": entry.text, "source": entry.source}
 
 
-def _runs_table(runs: "dict[str, FineTuneResult]", *, trimmed: bool) -> Table:
+def _runs_table(runs: "dict[str, FineTuneResult]", *, trimmed: bool = False) -> Table:
     """Runs side by side, a column each."""
     from gtflops.units import format_flops, format_seconds
 

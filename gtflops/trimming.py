@@ -71,10 +71,10 @@ class Trim:
     ``1 x number of labels x vocabulary``, in the order of the batch. The batch is a dict with ``target_positions`` and
     ``labels`` of these; any other batch runs as before.
 
-    Hooks on the model bring the hidden states of these positions to its head. They are there from the first trimmed
-    batch on, until :meth:`remove`, the end of a ``with``, or the end of this object. Left as they are, with a warning
-    that says why: models that are none of :data:`FAMILIES`, a ``loss`` of your own (what it reads is not known), and
-    batches whose columns or labels are unclear.
+    Hooks on the model bring the hidden states of these positions to its head. They are there from the first batch on,
+    until :meth:`remove`, the end of a ``with``, or the end of this object; without them, a trimmed batch is an error.
+    Left as they are, with a warning that says why: models that are none of :data:`FAMILIES`, a ``loss`` of your own
+    (what it reads is not known), and batches whose columns or labels are unclear.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> _ = torch.manual_seed(0)
@@ -123,8 +123,8 @@ class Trim:
             if self._family is not None:
                 self._say(f"a batch is a {type(batch).__name__}, expected a mapping: it is left as it is")
             return batch
+        self._install()
         if batch.get(TARGET_POSITIONS) is not None:
-            self._install()
             return batch
         trimmed = dict(batch)
         if self._cuts_columns:
@@ -227,7 +227,6 @@ class Trim:
         if self._family.loss == "next token":
             batch["shift_labels"] = batch["labels"]
         batch[TARGET_POSITIONS] = positions
-        self._install()
         return batch
 
     def _tokens_of(self, batch: Mapping[str, Any]) -> torch.Size | None:
