@@ -628,6 +628,13 @@ Log = Annotated[
 TensorBoardOption = Annotated[
     Path | None, typer.Option(help="Folder for TensorBoard.", file_okay=False, rich_help_panel="What the run leaves")
 ]
+TrimOption = Annotated[
+    bool,
+    typer.Option(
+        "--trim",
+        help="Batches by length, without padding, the head at labels alone: the same loss for fewer FLOPs.",
+    ),
+]
 Accumulate = Annotated[int, typer.Option(help="Batches whose gradients make one optimizer step.", min=1)]
 
 
@@ -655,6 +662,7 @@ def train_command(
     batch_size: Sequences = 4,
     seq_len: Tokens = None,
     target_len: TargetLen = None,
+    trim: TrimOption = False,
     learning_rate: LearningRate = 5e-5,
     seed: Seed = 0,
     loss_examples: NumValidation = None,
@@ -739,6 +747,7 @@ def train_command(
             granularity=granularity.value,
             must_train=tuple(must_train or ()),
             must_freeze=tuple(must_freeze or ()),
+            trim="auto" if trim else None,
             learning_rate=learning_rate,
             seed=seed,
             num_validation=loss_examples,
@@ -780,7 +789,7 @@ def train_command(
         label = total or (f"by {grid}" if grid is not None else f"budget {budget or '0.5'}")
         if budget == AUTO and total is not None:
             label = f"{AUTO}, {total}"
-        out.print(_runs_table({label if result.scheme.budgeted else result.scheme.name: result}, unit))
+        out.print(_runs_table({label if result.scheme.budgeted else result.scheme.name: result}, unit, trimmed=trim))
     if save_importance is not None and result.selection is not None:
         write_whole(save_importance, json.dumps(dict(result.selection.importance), indent=1))
     if html is not None:
@@ -813,6 +822,7 @@ def compare_command(
     batch_size: Sequences = 4,
     seq_len: Tokens = None,
     target_len: TargetLen = None,
+    trim: TrimOption = False,
     learning_rate: LearningRate = 5e-5,
     learning_rate_of: Annotated[
         list[str] | None, typer.Option(help="Another rate for one scheme, as lora=5e-4; repeatable.")
@@ -856,6 +866,7 @@ def compare_command(
         target_len=target_len or examples.target_len,
         budget=moving,
         every=_every(every),
+        trim="auto" if trim else None,
         learning_rate=learning_rate,
         seed=seed,
         num_validation=loss_examples,
@@ -1146,7 +1157,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
     return {"operators": entry.ops, "kind": entry.kind, "formula": entry.text, "source": entry.source}
 
 
-def _runs_table(runs: "dict[str, FineTuneResult]", unit: Unit) -> Table:
+def _runs_table(runs: "dict[str, FineTuneResult]", unit: Unit, *, trimmed: bool = False) -> Table:
     """Runs side by side, a column each."""
     table = Table(title=f"Fine-tuning under a budget of {unit.symbol}s", title_justify="left")
     table.add_column("")
@@ -1161,6 +1172,8 @@ def _runs_table(runs: "dict[str, FineTuneResult]", unit: Unit) -> Table:
         f"planned {unit.symbol}s a step, share of full",
         lambda run: f"{run.log.steps[0].planned_flops / run.log.steps[0].full_flops:.3f}",
     )
+    if trimmed:
+        row(f"planned {unit.symbol}s, share of full steps on whole batches", lambda run: f"{run.flops_share:.3f}")
     row(f"{unit.symbol}s to measure importance", lambda run: format_flops(run.log.measuring_flops, unit))
     table.add_section()
     row("one step, planned", lambda run: format_exactly(run.counted.planned, unit))

@@ -548,15 +548,21 @@ class Profile(CopiedByFields):
     # --- other shapes --------------------------------------------------------------------------------------------
 
     def at(
-        self, *, batch_size: int | None = None, seq_len: int | None = None, decoder_len: int | None = None
+        self,
+        *,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        decoder_len: int | None = None,
+        num_targets: int | None = None,
     ) -> "Profile":
         """The profile of another batch shape: the same, to the integer, as profiling the model on such a batch.
 
-        What is not given stays. ``decoder_len`` is the length of an encoder-decoder's labels. The integers in a graph
-        are polynomials of these sizes: after a few traces, other shapes between those traced need none; where the graph
-        itself changes with the shape, and for a size of 1, a shape is traced. The last of ``notes`` says which. A model
-        must still be there and as it was, a batch must tell which of its dimensions are which. InputError otherwise,
-        and where the model refuses the shape.
+        What is not given stays. ``decoder_len`` is the length of an encoder-decoder's labels, ``num_targets`` the
+        number of target positions of a batch of :class:`gtflops.trimming.Trim`. The integers in a graph are polynomials
+        of these sizes: after a few traces, other shapes between those traced need none; where the graph itself changes
+        with the shape, and for a size of 1, a shape is traced. The last of ``notes`` says which. A model must still be
+        there and as it was, a batch must tell which of its dimensions are which. InputError otherwise, and where the
+        model refuses the shape.
 
         >>> import gtflops
         >>> short = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)
@@ -570,7 +576,9 @@ class Profile(CopiedByFields):
                 "sizes; profile it again: gtflops.profile(model, batch).at(...)"
             )
         here = self._sizes or self._shapes.sizes
-        sizes = here.changed({"batch_size": batch_size, "seq_len": seq_len, "decoder_len": decoder_len})
+        sizes = here.changed(
+            {"batch_size": batch_size, "seq_len": seq_len, "decoder_len": decoder_len, "num_targets": num_targets}
+        )
         if sizes == here:
             return self
         if dict(self.versions) != _versions():

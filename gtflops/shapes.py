@@ -19,8 +19,12 @@ from gtflops.polynomials import Monomial, Polynomial, interpolated
 T = TypeVar("T")
 
 # Attention is quadratic in the lengths together, and a step linear in its batch.
-_DEGREES = {"batch_size": 1, "seq_len": 2, "decoder_len": 2}
+_DEGREES = {"batch_size": 1, "seq_len": 2, "decoder_len": 2, "num_targets": 1}
 _DEGREE_OF_LENGTHS = 2
+
+# A head and a loss on chosen positions have rows, not lengths: this size is never multiplied with another, and no code
+# asks for it, so that a family has it free from the start, and answers for all between the least and most traced.
+_ALONE = "num_targets"
 
 # The multiples that kernels and padding are made for.
 _ALIGNMENTS = (4, 8, 16, 32, 64, 128)
@@ -30,6 +34,8 @@ _ALIGNMENTS = (4, 8, 16, 32, 64, 128)
 class Sizes:
     """What is variable in the shape of a batch; ``None`` where the batch has no such size.
 
+    ``num_targets`` is at how many positions, of all its rows together, a trimmed batch has the head and the loss.
+
     >>> str(Sizes(batch_size=4, seq_len=512))
     'batch_size 4, seq_len 512'
     """
@@ -37,6 +43,7 @@ class Sizes:
     batch_size: int
     seq_len: int | None = None
     decoder_len: int | None = None
+    num_targets: int | None = None
 
     def items(self) -> tuple[tuple[str, int], ...]:
         """The sizes that there are, by name."""
@@ -63,11 +70,13 @@ class Sizes:
 
 def basis(free: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Exponents of ``free`` in the monomials that an integer of a graph may be made of; a lower set, from 0."""
-    lengths = [position for position, name in enumerate(free) if name != "batch_size"]
+    lengths = [position for position, name in enumerate(free) if name not in ("batch_size", _ALONE)]
+    alone = free.index(_ALONE) if _ALONE in free else None
     return tuple(
         exponents
         for exponents in product(*(range(_DEGREES[name] + 1) for name in free))
         if sum(exponents[position] for position in lengths) <= _DEGREE_OF_LENGTHS
+        and (alone is None or not exponents[alone] or sum(exponents) == 1)
     )
 
 
@@ -313,8 +322,9 @@ def _special(sizes: Sizes) -> frozenset[tuple[str, str | int]]:
 
     An encoder and a decoder of one length may share a mask; kernels and padding have paths for aligned lengths.
     """
-    equal = ((a, b) for (a, size), (b, other) in combinations(sizes.items(), 2) if size == other)
-    aligned = ((name, power) for name, size in sizes.items() for power in _ALIGNMENTS if size % power == 0)
+    items = [(name, size) for name, size in sizes.items() if name != _ALONE]
+    equal = ((a, b) for (a, size), (b, other) in combinations(items, 2) if size == other)
+    aligned = ((name, power) for name, size in items for power in _ALIGNMENTS if size % power == 0)
     return frozenset((*equal, *aligned))
 
 
@@ -413,7 +423,9 @@ class Shapes:
 
     def _pins(self, sizes: Sizes) -> "_Pins":
         origin = dict(self.sizes.items())
-        return frozenset((name, size) for name, size in sizes.items() if size in (1, origin[name]))
+        return frozenset(
+            (name, size) for name, size in sizes.items() if size == 1 or (size == origin[name] and name != _ALONE)
+        )
 
     def _learn(self, pins: "_Pins", sizes: Sizes, graph: Graph) -> bool:
         """Fits a family that varies all sizes but the pinned ones, from the second shape on. False if there is none."""

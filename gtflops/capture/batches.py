@@ -14,6 +14,9 @@ from gtflops.operators import TensorType
 #: A function of (model outputs, batch) that gives a scalar tensor.
 Loss = Callable[[Any, Any], torch.Tensor]
 
+#: Of a batch that was trimmed: int64 numbers of the positions, counted over all rows, that have a label.
+TARGET_POSITIONS = "target_positions"
+
 
 def call_model(model: torch.nn.Module, batch: Any) -> Any:
     """``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, ``model(batch)`` otherwise."""

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from gtflops.capture.batches import plain
+from gtflops.capture.batches import TARGET_POSITIONS, plain
 from gtflops.capture.unchanged import unchanged
 from gtflops.errors import InputError
 from gtflops.shapes import Sizes
@@ -18,6 +18,8 @@ from gtflops.shapes import Sizes
 _WITHOUT_TOKENS = ("pixel_values", "input_features", "input_values")
 # (batch, length, features): the features are no length, whatever their number.
 _EMBEDDINGS = ("inputs_embeds", "decoder_inputs_embeds", "encoder_hidden_states", "encoder_outputs")
+# Of a trimmed batch: flat positions, and the labels at them, ``1 x num_targets``.
+_TARGETS = ("labels", "shift_labels")
 _ENCODER = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "encoder_attention_mask")
 
 
@@ -63,7 +65,8 @@ def layout_of(batch: Any, *, has_decoder: bool) -> Layout:
 
     The batch size is dimension 0 of its tensors; a length is dimension 1 of the token ids (the first integer tensor of
     two dimensions or more, where none is called so) and every dimension equal to it. With a decoder, its tensors are
-    those called ``decoder_...`` and ``labels``. InputError where dimension 0 is not the same throughout.
+    those called ``decoder_...`` and ``labels``. Beside ``target_positions``, labels are those at these.
+    InputError where dimension 0 is not the same throughout.
     """
     tensors = [
         (
@@ -88,7 +91,8 @@ def layout_of(batch: Any, *, has_decoder: bool) -> Layout:
         ids = [name for name in ids if name != "labels" and not name.startswith("decoder_")]
     ids = [name for name in ids if name not in _WITHOUT_TOKENS]
     seq_len = _first(shapes, ("input_ids", "inputs_embeds", *ids), 1)
-    sizes = Sizes(batch_size, seq_len, decoder_len)
+    num_targets = _first(shapes, (TARGET_POSITIONS,), 0)
+    sizes = Sizes(batch_size, seq_len, decoder_len, num_targets)
     ambiguous: dict[str, str] = {}
     for path, leaf in pytree.tree_leaves_with_path(plain(batch)):
         for label, size in sizes.items():
@@ -110,7 +114,9 @@ def _roles(
 ) -> tuple[str | None, ...]:
     """The roles of one tensor's dimensions; notes what cannot be told in ``ambiguous``."""
     shape = tuple(tensor.shape)
-    lengths = {label: size for label, size in sizes.items() if label != "batch_size"}
+    if sizes.num_targets is not None and name in (TARGET_POSITIONS, *_TARGETS):
+        return ("num_targets",) if name == TARGET_POSITIONS else (None, "num_targets")
+    lengths = {label: size for label, size in sizes.items() if label not in ("batch_size", "num_targets")}
     is_ids_of_decoder = name.startswith("decoder_") or (name == "labels" and "decoder_len" in lengths)
 
     def length_of(dimension: int) -> str | None:

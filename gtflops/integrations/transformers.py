@@ -27,6 +27,7 @@ from gtflops.training import EnergyMeter, GreenTrainer, TrainingLog
 from gtflops.training.budgets import BudgetLike
 from gtflops.training.loop import Choose, Every, check_every, clipping_scale
 from gtflops.training.processes import Processes
+from gtflops.trimming import Trim, Trimming
 
 #: A transformers.Trainer that trains: the types of its attributes are those that they may have before.
 Training: TypeAlias = Any
@@ -64,6 +65,8 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         every: when to select anew: ``"epoch"``, a number of optimizer steps, or a function of the number of steps made.
         choose: as of :class:`gtflops.GreenTrainer`.
         measure: as of :class:`gtflops.GreenTrainer`.
+        trim: ``"auto"`` takes the padding out of the Trainer's batches, and the head off positions without a label, for
+            as long as it trains: see :class:`gtflops.trimming.Trim`. Not where the loss is not the model's own.
         energy: a :class:`gtflops.training.EnergyMeter`, on during the training, in the first process.
         granularity: as of :func:`gtflops.select`.
         must_train: as of :func:`gtflops.select`.
@@ -90,11 +93,13 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         max_elements: int | None = None,
         reuse: Reuse | None = None,
         store: ActivationStore | str | Path | None = None,
+        trim: Trimming = None,
         energy: EnergyMeter | None = None,
         allow_unsupported: bool = False,
     ) -> None:
         check_every(every)
         self._energy = energy
+        self._trim = trim
         self._settings: dict[str, Any] = {
             "budget": budget,
             "every": every,
@@ -126,6 +131,7 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         if self._settings["measure"] is measure_importance:
             del settings["measure"]
         del settings["store"]  # a folder may have moved
+        settings["trim"] = self._trim
         return {"args": settings, "attributes": {"progress": self.progress if green is None else green.state_dict()}}
 
     # --- the Trainer's events -------------------------------------------------------------------------------------
@@ -146,7 +152,8 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         _require_trainable(trainer.model, self._settings["must_freeze"])
         _require_no_reentrant_checkpoints(trainer.model)
         _warn_of_whole_models(trainer)
-        self._run = _Run(trainer, self._settings, self._energy, self.progress)
+        trim = Trim.of(self._trim, trainer.model, _own_loss(trainer))
+        self._run = _Run(trainer, self._settings, self._energy, self.progress, trim)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,6 +198,7 @@ class _Run:
         settings: Mapping[str, Any],
         energy: EnergyMeter | None,
         progress: Mapping[str, Any] | None,
+        trim: Trim | None,
     ) -> None:
         self.green: GreenTrainer | None = None
         self._trainer = trainer
@@ -199,6 +207,7 @@ class _Run:
         self._step = _TrainerStep.of(trainer)
         self._processes = Processes(trainer.model_wrapped, inside=self._step)
         self._energy = energy if self._processes.rank == 0 else None
+        self._trim = trim
         self._epoch: int | None = None
         self._batches: Sequence[Any] = ()
         self._is_begun = False
@@ -211,6 +220,8 @@ class _Run:
         model = trainer.model
         self._undo.callback(_thaw, [tensor for tensor in model.parameters() if tensor.requires_grad])
         _disable_input_gradients(model, self._undo)
+        if trim is not None:
+            self._undo.callback(trim.remove)
         self._draw = _stand_in(self._undo, trainer, "get_batch_samples", self._get_batch_samples)
         self._train = _stand_in(self._undo, trainer, "training_step", self._training_step)
         self._clip = _stand_in(self._undo, trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm)
@@ -296,6 +307,8 @@ class _Run:
 
     def _get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = self._draw(*args, **kwargs)
+        if self._trim is not None:  # after the labels were counted
+            batches = [self._trim(batch) for batch in batches]
         shared = {} if num_items is None else {"num_items_in_batch": torch.as_tensor(num_items)}
         self._batches = [{**batch, **shared} for batch in batches]
         if self.green is None or not batches:
@@ -520,6 +533,17 @@ def _progress_of(state: TrainerState, name: str) -> Mapping[str, Any]:
         )
     result: Mapping[str, Any] = progress
     return result
+
+
+def _own_loss(trainer: Training) -> Callable[..., Any] | None:
+    """The Trainer's loss, where that is another than its model's."""
+    own: Callable[..., Any] = trainer.compute_loss
+    is_the_models = (
+        getattr(own, "__func__", None) is Trainer.compute_loss
+        and trainer.compute_loss_func is None
+        and trainer.label_smoother is None
+    )
+    return None if is_the_models else own
 
 
 def _require_trainable(model: torch.nn.Module, must_freeze: str | Sequence[str]) -> None:

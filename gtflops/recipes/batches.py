@@ -9,11 +9,9 @@ import torch
 
 from gtflops.errors import InputError
 from gtflops.recipes.datasets import END, Example
+from gtflops.trimming import IGNORED, by_length
 
 Batch = dict[str, torch.Tensor]
-
-#: The label of positions without loss, as PyTorch's cross-entropy has it.
-IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,8 @@ class EpochBatches:
     """The batches of one epoch of :func:`batches`, on ``device``; :meth:`set_epoch` says of which.
 
     Of ``parts`` processes that train together, each has every ``parts``-th batch, beginning at number ``part``; what
-    does not give one to each is left out.
+    does not give one to each is left out. With ``grouped``, examples of about the same length are in the same batches,
+    and in those that the processes have at the same time.
     """
 
     def __init__(
@@ -68,11 +67,13 @@ class EpochBatches:
         device: torch.device | None = None,
         part: int = 0,
         parts: int = 1,
+        grouped: bool = False,
     ) -> None:
         _require_a_batch(examples, batch_size * parts)
         self._rows = [encode(example, tokenizer, seq_len=seq_len, target_len=target_len) for example in examples]
         self._tokenizer, self._seq_len, self._target_len = tokenizer, seq_len, target_len
         self._batch_size, self._seed, self._device, self._part, self._parts = batch_size, seed, device, part, parts
+        self._grouped = grouped
         self._epoch = 0
 
     def __len__(self) -> int:
@@ -82,8 +83,16 @@ class EpochBatches:
         """The order is that of this epoch, from 0 on; it depends on the seed and ``epoch`` alone."""
         self._epoch = epoch
 
+    def _orders(self) -> Iterator[list[int]]:
+        if not self._grouped:
+            yield from _orders(len(self._rows), self._seed)
+        lengths = [len(row.prompt) + len(row.target) for row in self._rows]
+        generator = torch.Generator().manual_seed(self._seed)
+        while True:
+            yield by_length(lengths, self._batch_size * self._parts, generator)
+
     def __iter__(self) -> Iterator[Batch]:
-        order = next(islice(_orders(len(self._rows), self._seed), self._epoch, None))
+        order = next(islice(self._orders(), self._epoch, None))
         of_this_part = islice(_full(order, self._batch_size), self._part, len(self) * self._parts, self._parts)
         for chosen in of_this_part:
             rows = [self._rows[index] for index in chosen]

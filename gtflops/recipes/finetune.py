@@ -24,6 +24,7 @@ from gtflops.selection import Selection
 from gtflops.training import Auto, EnergyMeter, GreenTrainer, StepRecord, TrainingLog, Watcher, budget_of, processes
 from gtflops.training.budgets import BudgetLike
 from gtflops.training.loop import Every, check_every
+from gtflops.trimming import Trimming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class FineTuneSettings:
     """Patterns of tensors that it never trains."""
     store: Path | None = None
     """A folder for what the blocks below the trained tensors compute, which later epochs read; None computes it."""
+    trim: Trimming = None
+    """"auto" trains on batches of examples of about the same length, without their padding, with the head where there
+    are labels alone: see :class:`gtflops.trimming.Trim`."""
     learning_rate: float = 5e-5
     """Peak of AdamW's linear decay to zero, without warm-up (the published recipe's schedule)."""
     seed: int = 0
@@ -102,9 +106,9 @@ class CountedStep:
 class FineTuneResult:
     """A run: its log, what it trained, mean validation loss a target token before and after, and one counted step.
 
-    ``profile`` is that of the model as it was trained, adapters included. ``base`` and ``loss_before`` are those of the
-    model as it came: every scheme's FLOPs are compared to a full step of that. ``trained`` are the tensors that the
-    last step trained. ``quality`` is in percent.
+    ``profile`` is that of the model as it was trained, adapters included, on its first batch, trimmed if the run was.
+    ``base`` and ``loss_before`` are those of the model as it came, on a batch as it came: every scheme's FLOPs are
+    compared to a full step of that. ``trained`` are the tensors that the last step trained. ``quality`` is in percent.
     """
 
     scheme: Scheme
@@ -192,6 +196,7 @@ def finetune(
         device=device,
         part=processes.rank() if processes.count() > 1 else 0,
         parts=processes.count(),
+        grouped=settings.trim is not None,
         **sizes,
     )
     held_out = [
@@ -217,7 +222,7 @@ def finetune(
     trainer = GreenTrainer(
         processes.in_ddp(trained),
         optimizer,
-        costs,
+        costs if settings.trim is None else first,
         settings.budget if chosen.budgeted else None,
         settings.every,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, decay),
@@ -228,15 +233,17 @@ def finetune(
         must_freeze=settings.must_freeze,
         reuse=None if settings.store is None else "prefix",
         store=settings.store,
+        trim=settings.trim,
         energy=energy if processes.rank() == 0 else None,
         choose=None if chosen.choose is None else chosen.choose(settings.seed),
     )
     counted: CountedStep | None = None
+    unpriced = {"allow_unsupported": settings.allow_unsupported}
 
     def count_then_report(record: StepRecord) -> None:
         nonlocal counted
         if counted is None:  # after the first step, so that the first selection is in force
-            counted = count_step(trained, costs, first, allow_unsupported=settings.allow_unsupported)
+            counted = count_step(trained, trainer.profile, trainer.trimmed(first), **unpriced)
         if on_step is not None:
             on_step(record)
 
@@ -261,14 +268,15 @@ def finetune(
     if not trainer.log.steps:
         raise BudgetSpentError(f"no step was made: {trainer.log.stopped}; expected a larger total")
     if counted is None:  # resumed after its last step
-        counted = count_step(trained, costs, first, allow_unsupported=settings.allow_unsupported)
+        counted = count_step(trained, trainer.profile, trainer.trimmed(first), **unpriced)
+        trainer.untrim()
     if save is not None and processes.rank() == 0:
         trained.save_pretrained(save)
         tokenizer.save_pretrained(save)
     return FineTuneResult(
         scheme=chosen,
         log=trainer.log,
-        profile=costs,
+        profile=trainer.profile,
         base=base,
         selection=trainer.selection,
         trained=tuple(name for name, tensor in trained.named_parameters() if tensor.requires_grad),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gtflops.capture.batches import TARGET_POSITIONS
 from gtflops.errors import InputError
 from gtflops.reuse.digests import bytes_of, header_of
 
@@ -21,10 +22,12 @@ TARGETS = frozenset(
         "start_positions",
         "end_positions",
         "num_items_in_batch",
+        "shift_labels",
+        TARGET_POSITIONS,
     }
 )
 #: Inputs with one column a token.
-_OF_TOKENS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"})
+OF_TOKENS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"})
 #: Other inputs of transformers' models whose first axis is that of the examples, where there is no text beside them.
 _WITH_ROWS_OF_EXAMPLES = frozenset({"pixel_values", "pixel_mask", "bool_masked_pos", "input_features", "input_values"})
 
@@ -115,7 +118,7 @@ def _has_rows_of_examples(tensors: Mapping[str, torch.Tensor], batch_size: int, 
     Images beside text may be several to an example and none to the next, and multimodal position ids have an axis in
     front of that of the examples: that the sizes are equal would be chance.
     """
-    of_tokens = _OF_TOKENS & tensors.keys()
+    of_tokens = OF_TOKENS & tensors.keys()
     others = {name for name in tensors.keys() - of_tokens if not name.startswith("decoder_") and name not in TARGETS}
     return (
         all(tensor.dim() and len(tensor) == batch_size for tensor in tensors.values())
@@ -128,7 +131,7 @@ def _has_rows_of_examples(tensors: Mapping[str, torch.Tensor], batch_size: int, 
 def _mask_of_tokens(tensors: Mapping[str, torch.Tensor], labels: torch.Tensor | None) -> torch.Tensor | None:
     """True at tokens, ``batch_size x seq_len``; None where rows are kept whole."""
     mask = tensors.get("attention_mask")
-    if mask is None or mask.dim() != 2 or not tensors.keys() <= _OF_TOKENS:
+    if mask is None or mask.dim() != 2 or not tensors.keys() <= OF_TOKENS:
         return None
     if any(tensor.shape[:2] != mask.shape for tensor in tensors.values()):
         return None

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from gtflops.errors import UnsupportedModelError
 
 #: Rotary embeddings whose frequencies depend on the longest row of the batch, and of batches before it.
-_OF_THE_LENGTH = {"dynamic", "longrope"}
+OF_THE_LENGTH = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Watch(TorchFunctionMode):
 def _require_same_for_any_length(name: str, module: torch.nn.Module) -> None:
     kinds = getattr(module, "rope_type", None)
     for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
-        if kind in _OF_THE_LENGTH:
+        if kind in OF_THE_LENGTH:
             raise UnsupportedModelError(
                 f"{name} ({type(module).__name__}) has rotary embeddings of type {kind!r}, whose frequencies depend on "
                 "the length of the batch, so an example's activations do; expected another type, such as 'yarn'"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gtflops.capture.batches import TARGET_POSITIONS
 from gtflops.errors import InputError, UnsupportedModelError
 from gtflops.reuse.blocks import Output, Stretch, callers_of, hidden_of, replaced, require_not_compiled, stretches_of
 from gtflops.reuse.constants import digest_of, fingerprint_of
@@ -194,12 +195,14 @@ class Prefix:
             if batch.get(name) or getattr(config, name, False):
                 raise InputError(f"{name} is on, but skipped blocks give none; expected it off, or no reuse")
         if not getattr(config, "is_encoder_decoder", False):
-            return {name: value for name, value in batch.items() if name not in TARGETS}, batch.get("labels")
+            return {name: value for name, value in batch.items() if name not in TARGETS}, _labels_of(batch)
         encoder = {id(module) for module in self.model.get_encoder().modules()}  # type: ignore[operator]
         if all(id(module) in encoder for module in self._skipped.values()):
             return {
                 name: value for name, value in batch.items() if name not in TARGETS and not name.startswith("decoder_")
             }, None
+        if batch.get("decoder_input_ids") is not None:
+            return {name: value for name, value in batch.items() if name not in TARGETS}, None
         return dict(batch), None  # the decoder's inputs are made of the labels
 
     def _tensors(self, front: Front) -> dict[str, torch.Tensor]:
@@ -490,6 +493,14 @@ class _Reusing(_Pass):
         for row, (example, its) in enumerate(zip(self._examples, rows, strict=True)):
             batch[row, example.tokens] = its
         return batch.to(hidden.device)
+
+
+def _labels_of(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """The labels of a decoder's batch where its tokens are: of one that was trimmed, any label at its positions."""
+    labels, positions, mask = (batch.get(name) for name in ("labels", TARGET_POSITIONS, "attention_mask"))
+    if positions is None or mask is None:
+        return labels
+    return torch.full((mask.numel(),), -100).index_fill(0, positions.cpu(), 0).view(mask.shape)
 
 
 def _tensor(model: torch.nn.Module, name: str) -> torch.Tensor:

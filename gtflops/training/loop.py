@@ -39,6 +39,7 @@ from gtflops.training.processes import Processes
 from gtflops.training.records import SelectionRecord, StepRecord, TrainingLog
 from gtflops.training.reusing import BatchCosts, reusing_of
 from gtflops.training.watching import Watcher
+from gtflops.trimming import Trim, Trimming
 
 _logger = logging.getLogger(__name__)
 
@@ -120,6 +121,9 @@ class GreenTrainer:
         energy: a :class:`gtflops.training.EnergyMeter`, on during :meth:`fit`.
         processes: which processes train together, where the model does not tell.
         max_grad_norm: gradients of :meth:`fit` are clipped to it.
+        trim: ``"auto"`` takes the padding out of the batches of :meth:`fit`, and the head off positions without a
+            label: see :class:`gtflops.trimming.Trim`. A full step is then one on such a batch. In a loop of your own,
+            :meth:`trimmed` gives the batch to train on.
         count_executed: count what each step of :meth:`fit` executes, by gtflops' own table (some percent slower).
         allow_unsupported: count operators without a price as free, instead of refusing them.
 
@@ -169,6 +173,7 @@ class GreenTrainer:
         energy: EnergyMeter | None = None,
         processes: Processes | None = None,
         max_grad_norm: float | None = None,
+        trim: Trimming = None,
         count_executed: bool = False,
         allow_unsupported: bool = False,
     ) -> None:
@@ -196,13 +201,15 @@ class GreenTrainer:
             "allow_unsupported": allow_unsupported,
         }
         warn_of_recompiles(model, granularity)
+        self._trim = Trim.of(trim, model, loss)
         self._prices = Prices(model, loss)
         if isinstance(profile_or_batch, Profile):
             self.profile = profile_or_batch
             self._prices.add(self.profile)
         else:
-            self.profile = profile(model, profile_or_batch, loss)
-            self._prices.add(self.profile, profile_or_batch)
+            batch = self.trimmed(profile_or_batch)
+            self.profile = profile(model, batch, loss)
+            self._prices.add(self.profile, batch)
         self.profile.require_fit(model)
         self._reusing = reusing_of(self.profile, model, self._prices, loss, reuse, store)
         if not allow_unsupported:
@@ -241,6 +248,19 @@ class GreenTrainer:
         self._started: float | None = None
 
     # --- in any loop ----------------------------------------------------------------------------------------------
+
+    def trimmed(self, batch: Any) -> Any:
+        """The batch to train on in the place of ``batch``: with ``trim="auto"``, without what its loss does not see.
+
+        A loop of your own gives it to :meth:`step_boundary` and to the model alike. The hooks that it puts on the model
+        do nothing for other batches; :meth:`untrim` takes them off, as the end of :meth:`fit` does.
+        """
+        return batch if self._trim is None else self._trim(batch)
+
+    def untrim(self) -> None:
+        """Leave the model without hooks of this trainer, until the next batch is trimmed."""
+        if self._trim is not None:
+            self._trim.remove()
 
     def step_boundary(self, *batches: Any, epoch: int = 0, measure_on: Iterable[Any] | None = None) -> StepRecord:
         """Call it before the forward pass of each optimizer step, with the batches (several where gradients are
@@ -623,6 +643,7 @@ class GreenTrainer:
             self._starts_epoch = True
         self.log.stopped, self.interrupted = None, False
         with ExitStack() as stack:
+            stack.callback(self.untrim)
             stack.callback(setattr, self, "checks", self.checks)
             self.checks = True
             interrupted = stack.enter_context(_interruption())
@@ -980,6 +1001,7 @@ class _Run:
             if self._after_skipping is not None:
                 checkpoints.restore_random_states(self._after_skipping)
                 self._after_skipping = None
+            stream = map(self._trainer.trimmed, stream)
             ahead: deque[Any] = deque(islice(stream, self._ahead))
             while self._trainer.processes.all("another step", len(ahead) >= self._accumulate):
                 made = len(self._trainer.log.steps) - self._first_step

@@ -75,7 +75,7 @@ class Prices:
         positions = getattr(getattr(self._model, "config", None), "max_position_embeddings", None) or LONGEST_AHEAD
         for name, size in layout.sizes.items():
             if name != "batch_size" and size > self._traced_ahead.get((kind, name), 1):
-                longest = max(size, min(positions, LONGEST_AHEAD))
+                longest = max(size, LONGEST_AHEAD if name == "num_targets" else min(positions, LONGEST_AHEAD))
                 self._traced_ahead[kind, name] = longest
                 for extreme in (2, longest):
                     with suppress(InputError):  # nobody asked for this length: the model may refuse it
