@@ -462,3 +462,46 @@ def test_auto_with_a_total_never_exceeds_it(tmp_path: Path) -> None:
     total = Total(flops=60_000_000)
     log = trainer_for(model, batches, tmp_path, budget=Auto(total)).fit(batches, epochs=6)
     assert 0.8 * 60_000_000 < log.planned_flops + log.measuring_flops <= 60_000_000
+
+
+# --- and without padding ------------------------------------------------------------------------------------------
+
+
+def with_few_labels(batches: list[Batch]) -> list[Batch]:
+    """Padded to more columns than any row has, with labels at the end of each row alone."""
+    wider = []
+    for batch in batches:
+        made = {name: torch.nn.functional.pad(tensor, (0, 4)) for name, tensor in batch.items()}
+        made["labels"] = made["input_ids"].masked_fill(made["attention_mask"].cumsum(1) < 4, -100)
+        made["labels"][made["attention_mask"] == 0] = -100
+        wider.append(made)
+    return wider
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_trimmed_and_reused(family: str, tmp_path: Path) -> None:
+    """Of what is left, planned is executed, and the losses are those of the whole batches."""
+    found = []
+    for number, options in enumerate(({}, {"trim": "auto"})):
+        model, batches = family_of(family)
+        without_dropout(model.double())
+        batches = with_few_labels(batches)
+        trainer = trainer_for(model, batches, tmp_path / str(number), choose=top, **options)
+        log = trainer.fit(batches, epochs=3)
+        assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+        assert [step.reused for step in log.steps] == [False] * 3 + [True] * 6
+        found.append(([step.loss for step in log.steps], log.planned_flops))
+    (losses, all_flops), (losses_of_trimmed, flops) = found
+    assert flops < 0.8 * all_flops
+    assert losses_of_trimmed == pytest.approx(losses, rel=1e-5)  # AdamW makes a step of gradients that are rounding
+    assert min(losses[-3:]) < min(losses[:3]) - 0.01
+
+
+def test_in_the_trainer_trimmed_and_reused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    callback = GreenTrainerCallback(0.5, reuse="prefix", store=tmp_path / "store", trim="auto")
+    trainer = trainer_of(small_models.build("llama"), tmp_path, callback, lengths=(11, 7), num_train_epochs=4)
+    trainer.train()
+    assert [step.planned_flops for step in callback.log.steps] == trainer.executed
+    assert callback.log.planned_flops <= 0.5 * callback.log.full_flops
+    assert all(step.reused for step in callback.log.steps[6:])
