@@ -3,13 +3,13 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 # Tests and benchmarks: two busy threads on two shared cores can be slower than one.
-test test-browser sanitize bench docs: export OMP_NUM_THREADS ?= 1
+test test-slow test-browser sanitize bench docs: export OMP_NUM_THREADS ?= 1
 
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 CPP_STYLED := $(CPP) benchmarks/table_pass.cpp
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
 
-.PHONY: install demo test test-browser test-cpp test-threads fuzz sanitize bench bench-results bench-counters lint
+.PHONY: install demo test test-slow test-browser test-cpp test-threads fuzz sanitize bench bench-results bench-counters lint
 .PHONY: format docs release-check clean
 
 install: $(VENV)/installed
@@ -27,6 +27,10 @@ demo: install
 
 test: test-cpp
 	$(PYTHON) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4
+
+# What takes long: larger instances, more families, more kills. CI does not run it.
+test-slow: install
+	$(PYTHON) -m pytest -m slow --numprocesses auto --maxprocesses 4
 
 # The HTML report in a Chromium of the system: apt-get install chromium. Without one, `make test` skips these tests
 # and says so; here that is a failure.

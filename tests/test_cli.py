@@ -537,6 +537,7 @@ def test_train_in_two_processes(tiny: Path, pairs: Path, tmp_path: Path) -> None
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_train_in_two_processes_interrupted_and_resumed(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     arguments = ["train", tiny, "--data", pairs, "--budget", "0.7", "--steps", "60", "--every", "30", "--seq-len", "16"]
     arguments += ["--quality-examples", "0", "--loss-examples", "4", "--json"]

@@ -406,6 +406,7 @@ def test_in_the_trainer_a_resumed_run_is_the_same(tmp_path: Path) -> None:
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
 def test_a_run_that_is_killed_while_it_stores_goes_on_to_the_bit(tmp_path: Path) -> None:
     expected = last_line(start(tmp_path / "whole", "--store", str(tmp_path / "store-of-whole")))

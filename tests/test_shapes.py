@@ -144,9 +144,16 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 # --- the promise ------------------------------------------------------------------------------------------------
 
 
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "gemma2")
+
+
 @pytest.mark.parametrize(
     ("family", "attention", "padded"),
-    [(family, "eager", True) for family in CONFIGS if family not in (*ENCODER_DECODERS, "mamba")]
+    [
+        pytest.param(family, "eager", True, marks=[pytest.mark.slow] if family in LIKE_LLAMA else [])
+        for family in CONFIGS
+        if family not in (*ENCODER_DECODERS, "mamba")
+    ]
     + [("llama", "sdpa", True), ("mistral", "sdpa", False), ("gpt2", "sdpa", True), ("bert", "eager", False)],
 )
 def test_ten_random_shapes_without_a_trace(family: str, attention: str, padded: bool, traces: list[Any]) -> None:
@@ -167,7 +174,10 @@ def test_ten_random_shapes_without_a_trace(family: str, attention: str, padded: 
         assert_same(found, gtflops.profile(model, tokens(**shape, padded=padded)))
 
 
-@pytest.mark.parametrize(("family", "attention"), [("t5", "eager"), ("bart", "eager"), ("bart", "sdpa")])
+SLOW_T5, SLOW_BART = (pytest.param(family, "eager", marks=pytest.mark.slow) for family in ("t5", "bart"))
+
+
+@pytest.mark.parametrize(("family", "attention"), [SLOW_T5, SLOW_BART, ("bart", "sdpa")])
 def test_encoder_and_decoder_have_lengths_of_their_own(family: str, attention: str, traces: list[Any]) -> None:
     model = build(family, attention)
     profile = gtflops.profile(model, tokens(3, 17, 11))

@@ -466,7 +466,7 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow), "bert"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_fit_executes_what_is_planned(family: str, accumulate: int) -> None:
     torch.manual_seed(0)
