@@ -506,3 +506,84 @@ def test_in_the_trainer_trimmed_and_reused(tmp_path: Path) -> None:
     assert [step.planned_flops for step in callback.log.steps] == trainer.executed
     assert callback.log.planned_flops <= 0.5 * callback.log.full_flops
     assert all(step.reused for step in callback.log.steps[6:])
+
+
+# --- found by a second reader ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:step .* predicted drop")
+def test_a_short_batch_at_the_start_of_an_epoch(tmp_path: Path) -> None:
+    """What is to be paid back is a share of the usual step, not of a batch of four columns."""
+    model, _ = family_of("llama")
+    long, short = small_models.padded_batch(3, 40), small_models.padded_batch(3, 7)
+    short["attention_mask"][:] = 1
+    trainer = trainer_for(model, [long], tmp_path, budget=0.3)
+    log = trainer.fit(Turned([long, long, long, short]), epochs=4)
+    assert log.planned_flops <= 0.3 * log.full_flops
+    assert all(step.reused for step in log.steps[4:])
+
+
+class Turned(list[Batch]):
+    """Batches that begin with another one in each epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.insert(0, self.pop())
+
+
+def test_a_limit_that_nothing_above_the_boundary_fits(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    measure = measuring([only(2), lambda name: float("norm" in name and "layers.0" in name), only(2)])
+    log = trainer_for(model, batches, tmp_path, budget=0.8, max_elements=100, measure=norms(measure)).fit(
+        batches, epochs=3
+    )
+    assert [len(record.held) for record in log.selections] == [2, 0, 0]
+
+
+def norms(measure: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+    """Importance in norms alone, which have few elements."""
+    return lambda *a, **k: {name: value if "norm" in name else 0.0 for name, value in measure(*a, **k).items()}
+
+
+def test_data_without_a_length(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield from rows()
+
+    batches = DataLoader(Stream(), 2, collate_fn=padded)
+    model, _ = family_of("llama")
+    with pytest.raises(InputError, match="expected num_steps and num_epochs"):
+        trainer_for(model, batches, tmp_path).fit(batches, epochs=3, num_steps=5)
+    log = trainer_for(model, batches, tmp_path, num_epochs=3).fit(batches, epochs=3, num_steps=18)
+    assert [step.reused for step in log.steps] == [False] * 6 + [True] * 12
+    assert log.planned_flops <= 0.4 * log.full_flops
+
+
+def test_a_pass_on_another_batch_is_refused(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    trainer = trainer_for(model, batches, tmp_path, choose=top, num_steps=6, num_epochs=2)
+    trainer.step_boundary(batches[0], batches[1])
+    with pytest.raises(InputError, match="input_ids is not that of the batch"), trainer.forward_pass():
+        model(**batches[1])
+    assert not list(tmp_path.rglob("*.safetensors"))
+    trainer.step_boundary(batches[0])  # the passes of a step that failed are forgotten
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_evaluation_in_a_training_step_is_the_trainers(reuse: bool, tmp_path: Path) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Distilling(Counting):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch._guards.detect_fake_mode([inputs["input_ids"]]) and not reuse:
+                model.eval()
+                seen.append((model.training, model.model.training))
+                model.train()
+                seen.append((model.training, model.model.training))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    options: Any = {"reuse": "prefix", "store": tmp_path / "store"} if reuse else {}
+    callback = GreenTrainerCallback(0.6, must_freeze=["*embed*"], **options)
+    trainer = trainer_of(small_models.build("opt"), tmp_path, callback, trainer=Distilling)
+    trainer.train()
+    assert set(seen) == (set() if reuse else {(False, False), (True, True)})
+    assert callback.log.steps[-1].reused == reuse

@@ -493,9 +493,20 @@ def _stand_in(undo: ExitStack, owner: Any, name: str, method: Callable[..., Any]
 
 @contextmanager
 def _modes_kept(model: torch.nn.Module) -> Iterator[None]:
-    """The Trainer says ``model.train()`` in each training step, where a frozen prefix is in evaluation mode by then."""
+    """The Trainer says ``model.train()`` in each training step, where a frozen prefix is in evaluation mode by then.
+    ``model.eval()``, and the ``train()`` that ends it, do what they say."""
+    is_in_evaluation = False
     with ExitStack() as undo:
-        _stand_in(undo, model, "train", lambda mode=True: model)
+
+        def train(mode: bool = True) -> torch.nn.Module:
+            nonlocal is_in_evaluation
+            if mode and not is_in_evaluation:
+                return model
+            is_in_evaluation = not mode
+            changed: torch.nn.Module = original(mode)
+            return changed
+
+        original = _stand_in(undo, model, "train", train)
         yield
 
 
@@ -513,12 +524,12 @@ def _trainer_of(state: TrainerState) -> Training:
     raise InputError("GreenTrainerCallback was called by no transformers.Trainer; in a loop of your own: GreenTrainer")
 
 
-def _whole_epochs(trainer: Training) -> int:
-    """Passes over the data that the Trainer makes to their end."""
+def _whole_epochs(trainer: Training) -> int | None:
+    """Passes over the data that the Trainer makes to their end; ``None`` for data without a length."""
     if trainer.args.max_steps <= 0:
         return int(trainer.args.num_train_epochs)
     epochs: int = trainer.state.num_train_epochs
-    return epochs - 1  # the last one may be cut short
+    return None if epochs == sys.maxsize else epochs - 1  # the last one may be cut short
 
 
 def _progress_of(state: TrainerState, name: str) -> Mapping[str, Any]:

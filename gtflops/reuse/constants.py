@@ -1,7 +1,9 @@
 """What computes the activations at a boundary: digests of weights and settings, and a quick look for changes."""
 
+import functools
 import hashlib
 import json
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from gtflops.reuse.digests import bytes_of, header_of
 
 #: Of the activations' meaning: raised when what an entry holds, or how it is found, changes.
-_FORMAT = 1
+_FORMAT = 2
 #: Values looked at in each tensor by :func:`fingerprint_of`.
 _NUM_SAMPLES = 16
 #: Settings that differ between runs, or change in a forward pass, and do not enter what a block computes.
@@ -34,26 +36,41 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
+#: What any module has: its tensors and submodules, which are looked at apart, hooks, and methods that compute nothing.
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"_compiled_call_impl", "train"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
 def digest_of(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, torch.nn.Module], conditions: Any) -> str:
     """The digest of every weight and setting, and of ``conditions``: plain data such as the boundary's name.
 
-    A setting is an attribute of a module that is a number, a text, or a list or dictionary of such; of a configuration
-    object, what its ``to_dict()`` holds. 64 hexadecimal digits; it reads every weight once.
+    A setting is an attribute of a module that is a number, a text, a function, or a list or dictionary of such; its
+    hooks; and, of a configuration object, what its ``to_dict()`` holds. 64 hexadecimal digits; it reads every weight
+    once.
     """
     digest = hashlib.sha256(json.dumps([_FORMAT, torch.__version__, conditions]).encode())
     for name, tensor in tensors.items():
         digest.update(header_of(f"{name}@{tensor.device.type}", tensor))
         digest.update(bytes_of(tensor))
     configurations: dict[int, Any] = {}
-    for name, module in modules.items():
-        settings = {key: _plain(value) for key, value in vars(module).items() if _matters(key)}
+    for module in modules.values():
         config = getattr(module, "config", None)
         if config is not None and id(config) not in configurations:
             configurations[id(config)] = _settings_of(config)
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        digest.update(json.dumps([name, kind, settings], sort_keys=True).encode())
+    digest.update(settings_of(modules).encode())
     digest.update(json.dumps(list(configurations.values()), sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def settings_of(modules: Mapping[str, torch.nn.Module]) -> str:
+    """The settings and hooks of modules, but for those of their configurations."""
+    listed = []
+    for name, module in modules.items():
+        own = {key: _plain(value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+        hooks = [_plain(hook) for its in _HOOKS for hook in vars(module)[its].values()]
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        listed.append([name, kind, {key: value for key, value in own.items() if key not in _WITHOUT_EFFECT}, hooks])
+    return json.dumps(listed, sort_keys=True)
 
 
 def fingerprint_of(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
@@ -95,4 +112,25 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items() if _matters(str(key))}
     if isinstance(value, Sequence):
         return [_plain(inner) for inner in value]
+    if isinstance(value, functools.partial):
+        return ["partial", _plain(value.func), _plain(value.args), _plain(value.keywords)]
+    if isinstance(value, types.MethodType):
+        return ["method", _plain(value.__func__), type(value.__self__).__qualname__]
+    if isinstance(value, types.FunctionType):
+        return [f"{value.__module__}.{value.__qualname__}", *_code(value)]
+    if isinstance(value, types.BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
     return type(value).__qualname__
+
+
+def _code(function: types.FunctionType) -> list[Any]:
+    """What functions of one name may differ by: their code, and plain values that they close over."""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    plain = [value for value in cells if value is None or isinstance(value, (bool, int, float, str))]
+    code = function.__code__
+    constants = [
+        str(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
+        for value in code.co_consts
+        if not isinstance(value, types.CodeType)
+    ]
+    return [hashlib.sha256(code.co_code).hexdigest(), constants, list(code.co_names), plain]

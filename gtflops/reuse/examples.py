@@ -74,6 +74,7 @@ def examples_of(
         return [Example(_with(common, {"row": torch.tensor(row)})) for row in range(batch_size)]
 
     mask = _mask_of_tokens(tensors, labels)
+    common.update(b"rows" if mask is None else b"tokens")  # what is kept of an example is another shape
     if mask is None:
         return [
             Example(_with(common, {name: tensor[row] for name, tensor in tensors.items()})) for row in range(batch_size)

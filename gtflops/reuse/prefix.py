@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gtflops.capture.batches import TARGET_POSITIONS
 from gtflops.errors import InputError, UnsupportedModelError
 from gtflops.reuse.blocks import Output, Stretch, callers_of, hidden_of, replaced, require_not_compiled, stretches_of
-from gtflops.reuse.constants import digest_of, fingerprint_of
+from gtflops.reuse.constants import digest_of, fingerprint_of, settings_of
 from gtflops.reuse.examples import TARGETS, Example, examples_of
 from gtflops.reuse.front import Front, Watch
 from gtflops.reuse.store import ActivationStore, Key
@@ -123,7 +123,7 @@ class Prefix:
         if front is not None:
             self._require_constant(front, by_batch)
             stored = self._read(front, examples)
-        return PlannedPass(self, kind, examples, by_batch, stored)
+        return PlannedPass(self, inputs, kind, examples, by_batch, stored)
 
     @contextmanager
     def modes_of_passes(self) -> Iterator[None]:
@@ -214,7 +214,8 @@ class Prefix:
         return ours
 
     def _modules(self, front: Front) -> dict[str, torch.nn.Module]:
-        return {**{name: self.model.get_submodule(name) for name in front.modules}, **self._skipped}
+        named = {name: self.model.get_submodule(name) for name in front.modules if name}
+        return {"": self._all_modules[0], **named, **self._skipped}
 
     def _by_batch(self) -> list[str]:
         """Names of the modules that normalise by the statistics of the batch, in the modes that they are in."""
@@ -246,10 +247,11 @@ class Prefix:
             str(front.autocast),
             torch.get_float32_matmul_precision(),
         ]
-        fingerprint = (tuple(tensors), fingerprint_of(tensors.values()), conditions)
+        modules = self._modules(front)
+        fingerprint = (tuple(tensors), fingerprint_of(tensors.values()), settings_of(modules), conditions)
         known = self._digests.get(front)
         if known is None or known[0] != fingerprint:
-            known = self._digests[front] = fingerprint, digest_of(tensors, self._modules(front), conditions)
+            known = self._digests[front] = fingerprint, digest_of(tensors, modules, conditions)
             self._own.add(known[1])
         return known[1]
 
@@ -270,7 +272,7 @@ class Prefix:
         for example, its in zip(examples, activations, strict=True):
             key = Key(prefix, example.identity)
             if key not in self.store:
-                self.store.write(key, its)
+                self.store.write(key, its, instead_of_others=self._own)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -278,6 +280,7 @@ class PlannedPass:
     """One forward pass on one batch, of which it is known whether the blocks will run."""
 
     _prefix: Prefix
+    _inputs: Mapping[str, Any]
     _kind: tuple[frozenset[str], torch.dtype | None]
     _examples: Sequence[Example]
     _by_batch: Sequence[str]
@@ -295,17 +298,41 @@ class PlannedPass:
         front = prefix._fronts.get(self._kind)
         if self._stored is not None:
             assert front is not None
-            with _Reusing(prefix, examples, front, self._stored) as reusing:
+            with self._required(), _Reusing(prefix, examples, front, self._stored) as reusing:
                 yield True
                 reusing.require_passed()
             prefix._num_read += len(examples)
             return
-        with _Computing(prefix, examples, front, self._by_batch) as computing:
+        with self._required(), _Computing(prefix, examples, front, self._by_batch) as computing:
             yield False
             computing.require_passed()
         front = prefix._fronts[self._kind] = computing.front
         prefix._write(front, examples, computing.activations)
         prefix._num_computed += len(examples)
+
+    @contextmanager
+    def _required(self) -> Iterator[None]:
+        """InputError, before anything is computed or stored, where the model is called on another batch."""
+
+        def compare(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            for name, planned in self._inputs.items():
+                given = args[int(name)] if name.isdigit() and int(name) < len(args) else kwargs.get(name)
+                if isinstance(planned, torch.Tensor) and isinstance(given, torch.Tensor) and given is not planned:
+                    require_equal(name, planned.detach(), given.detach())
+
+        def require_equal(name: str, planned: torch.Tensor, given: torch.Tensor) -> None:
+            if planned.shape != given.shape or not torch.equal(planned.to(given.device, given.dtype), given):
+                raise InputError(
+                    f"{name} is not that of the batch whose activations are reused or stored; expected the forward "
+                    "pass on the very batch, in its order, and the same inputs for an example in every epoch: nothing "
+                    "that masks or augments them at random, in the training step either"
+                )
+
+        hook = self._prefix._all_modules[0].register_forward_pre_hook(compare, with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 class _Pass(ABC):

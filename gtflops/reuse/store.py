@@ -67,6 +67,7 @@ class ActivationStore:
         self.rejected: Counter[str] = Counter()
         #: Why nothing more is written, if so.
         self.full: str | None = None
+        self._has_made_room = False
         self._size = 0
         self._written_since_counting = _COUNTED_EVERY
         try:
@@ -103,13 +104,21 @@ class ActivationStore:
         self.bytes_read += size
         return tensors
 
-    def write(self, key: Key, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write an entry, in the place of one that is there; not where there is no room."""
+    def write(
+        self, key: Key, tensors: Mapping[str, torch.Tensor], *, instead_of_others: Container[str] | None = None
+    ) -> None:
+        """Write an entry, in the place of one that is there; not where there is no room.
+
+        Where ``max_bytes`` leaves none, entries of prefixes other than ``instead_of_others`` make room, once.
+        """
         if self.full is not None:
             return
         kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         content = safetensors.torch.save(kept, {"key": "/".join(key), "checksum": _checksum(kept)})
-        if self.max_bytes is not None and not self._has_room(len(content)):
+        if instead_of_others is not None and not self._has_made_room and not self._has_room(len(content)):
+            self._has_made_room = True
+            self.remove_all_but(instead_of_others)
+        if not self._has_room(len(content)):
             self._stop(f"it holds {self._size} bytes of max_bytes={self.max_bytes}, and the next entry {len(content)}")
             return
         path = self._path(key)
@@ -136,6 +145,11 @@ class ActivationStore:
         self.full = None
         self._written_since_counting = _COUNTED_EVERY
 
+    def make_room_again(self) -> None:
+        """Write again where there was no room, and let the next entry without any take that of other prefixes."""
+        self.full = None
+        self._has_made_room = False
+
     def _reject(self, path: Path, reason: str) -> None:
         self.rejected[reason] += 1
         with suppress(OSError):
@@ -146,7 +160,8 @@ class ActivationStore:
         return self.folder / key.prefix / key.example[:2] / f"{key.example}.safetensors"
 
     def _has_room(self, size: int) -> bool:
-        assert self.max_bytes is not None
+        if self.max_bytes is None:
+            return True
         if self._written_since_counting >= _COUNTED_EVERY:
             self._size = _size_of(self.folder)
             self._written_since_counting = 0

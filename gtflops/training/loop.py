@@ -27,6 +27,7 @@ from gtflops.problem import Granularity, Patterns, Problem, limit_of, part_of
 from gtflops.profiling import Profile, Reuse, profile
 from gtflops.reuse import ActivationStore
 from gtflops.selection import Selection, selection_of
+from gtflops.spending import OperatingPoint
 from gtflops.training import checkpoints
 from gtflops.training.budgets import BudgetLike, ByEpoch, Progress, budget_of, share_of
 from gtflops.training.compiling import warn_of_recompiles
@@ -325,8 +326,12 @@ class GreenTrainer:
     def forward_pass(self) -> Iterator[None]:
         """Around the forward pass of each batch of a step, in the order in which :meth:`step_boundary` was given them,
         in a loop of your own with ``reuse``: blocks whose activations are stored are not run in it."""
-        with self._passes.popleft().around_forward() if self._passes else nullcontext():
-            yield
+        try:
+            with self._passes.popleft().around_forward() if self._passes else nullcontext():
+                yield
+        except BaseException:
+            self._passes.clear()  # those of a step that is not made
+            raise
 
     def expect_drop(self, *, scale: float = 1.0) -> None:
         """Call it between the backward passes and the optimizer's step, if the loop checks the estimate.
@@ -504,8 +509,10 @@ class GreenTrainer:
             number, chosen, why = point
             return Selection.from_json(costs, chosen, importance), None, problems[number], why
         limit = limit_of(costs, budget=share)
-        if self._reusing is not None:  # what was spent ahead is paid back out of it
-            limit -= -(-self._reusing.due(self._steps_left()) * costs.full_flops // full)
+        least = min(problem.smallest for problem in problems)
+        if self._reusing is not None and limit > least:  # what was spent ahead is paid back out of it
+            due = self._reusing.due(self._steps_left()) / progress.full_flops  # shares of a step of the usual size
+            limit = max(least, limit - math.ceil(due * costs.full_flops))
         selection, problem, reason = _better_of(problems, limit)
         return selection, share, problem, reason
 
@@ -515,7 +522,7 @@ class GreenTrainer:
             return [Problem.of(costs, importance, **self._conditions)]
         problems = []
         if self._reusing.held:
-            with suppress(InputError):  # nothing above it is worth training
+            with suppress(InputError, InfeasibleBudgetError):  # nothing above it is worth training, or fits
                 problems.append(Problem.of(costs, importance, held=self._reusing.held, **self._conditions))
         if self._may_move():
             epochs_left = self._epochs_left()
@@ -528,8 +535,18 @@ class GreenTrainer:
     def _point(self, problems: Sequence[Problem], progress: Progress) -> tuple[int, dict[str, Any], str] | None:
         """What a budget wants trained, and why, as plain data for the other processes, after the number of its problem;
         ``None`` for a share."""
-        asked = [(number, problem, self.budget.point(problem, progress)) for number, problem in enumerate(problems)]
-        points = [(number, problem, point) for number, problem, point in asked if point is not None]
+        # What was spent ahead is spent: of a total, that much less is left for the steps to come.
+        progress = replace(progress, spent_flops=progress.spent_flops + self._owed)
+        points: list[tuple[int, Problem, OperatingPoint]] = []
+        for number, problem in enumerate(problems):
+            try:
+                point = self.budget.point(problem, progress)
+            except (InputError, InfeasibleBudgetError):
+                if number == len(problems) - 1 and not points:
+                    raise
+                continue
+            if point is not None:
+                points.append((number, problem, point))
         if not points:
             return None
         number, problem, point = max(points, key=lambda one: one[2].predicted)
@@ -627,7 +644,9 @@ class GreenTrainer:
         run = Run(self, batches, epochs, num_steps, accumulate, measure_on, folder)
         if run.num_steps is not None:
             self.num_steps = run.num_steps
-        self.num_epochs, self.whole_epochs = epochs, run.whole_epochs
+        self.num_epochs = epochs
+        if run.whole_epochs is not None:
+            self.whole_epochs = run.whole_epochs
         self.budget.check(self.num_steps, epochs)
         if self._reusing is not None:
             self._require_length()
@@ -639,6 +658,8 @@ class GreenTrainer:
         else:
             run.require_room()
             self._starts_epoch = True
+            if self._reusing is not None:
+                self._reusing.filled_in = None  # an epoch of another run
         self.log.stopped, self.interrupted = None, False
         with ExitStack() as stack:
             stack.callback(self.untrim)
@@ -760,9 +781,11 @@ class GreenTrainer:
         owed = (0, 0)
         if self._reusing is not None:
             below = self._sum(cost.charged for cost in costs)
-            owed = self._reusing.owed_after(below, self.epoch, self._epochs_left(), self._steps_left())
+            has_room = self.processes.all("room for activations", self._reusing.store.full is None)
+            owed = self._reusing.owed_after(below, self.epoch, self._epochs_left(), self._steps_left(), has_room)
         if self._share is None or self.selection is None:
-            return self._allowed + charged, owed, names, charged
+            # All that a step costs is allowed: it spends nothing ahead, and pays nothing back.
+            return self._allowed + charged, self._account()[2], names, charged
         allowed = self._allowed + part_of(self._share, full)
         if self._spent + charged > allowed + sum(owed):
             names, charged = self._smaller(costs, full, allowed + sum(owed) - self._spent)

@@ -1,7 +1,7 @@
 """Reuse of a frozen prefix in the loop: the blocks that are held, what steps cost by it, and what is still owed."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +113,7 @@ class Reusing:
         self._prefix, self._as_run = None, None
         if blocks:
             self._prefix = Prefix(self._model, blocks, self.store)
-            if self.store.full is not None:  # what is stored of others is of no use any more
-                self._prefix.remove_others()
+            self.store.make_room_again()
 
     def _priced_as_run(self, batch: Any, ordinary: Profile) -> Profile:
         """Without dropout below the boundary, steps may consist of other operators: then they are priced apart."""
@@ -130,9 +129,18 @@ class Reusing:
             self._as_run = self._ordinary if is_same else prices
         return as_run
 
-    def below(self, profile: Profile, trained: Trainable) -> tuple[str, ...]:
-        """The blocks that nothing trained stands below."""
-        return tuple(name for name in profile.step_flops(trained, reuse="prefix").blocks if name in self.among)
+    def below(self, profile: Profile, trained: Collection[str]) -> tuple[str, ...]:
+        """The blocks that nothing trained stands in or below: of each list of blocks, those from its first on."""
+        below: list[str] = []
+        ended: set[str] = set()
+        for name in profile.step_flops(trained, reuse="prefix").blocks:
+            path = name.rpartition(".")[0]
+            # What is trained without a gradient needs no block; where it stands in one, it may not be left out.
+            if name not in self.among or any(tensor.startswith(f"{name}.") for tensor in trained):
+                ended.add(path)
+            if path not in ended:
+                below.append(name)
+        return tuple(below)
 
     def costs(self, batch: Any, epoch: int) -> BatchCosts:
         """What a step on the batch costs; where blocks are held, what is stored for it is read here."""
@@ -145,8 +153,8 @@ class Reusing:
             self._has_warned = True
             warnings.warn(
                 f"epoch {epoch} has examples that nothing is stored of, and they cost more than the budget counts on "
-                f"({sum(self.store.rejected.values())} entries were damaged); expected the same inputs as in epoch "
-                f"{self.filled_in}: no augmentation, no padding in front to other lengths, none left out by turns",
+                f"({sum(self.store.rejected.values())} entries were damaged); expected the same inputs as in the epoch "
+                "that stored them: no augmentation, no padding in front to other lengths, none left out by turns",
                 stacklevel=2,
             )
         return BatchCosts(ordinary, as_run, as_run.stored_flops(self.held), planned, epoch == self.filled_in)
@@ -161,10 +169,13 @@ class Reusing:
         """What was spent ahead is to be paid back from here on."""
         self.owed, self.owed_ahead = self.owed + self.owed_ahead, 0
 
-    def owed_after(self, charged: int, epoch: int, epochs_left: int, steps_left: int) -> tuple[int, int]:
-        """``owed`` and ``owed_ahead`` after a step that is charged with FLOPs of blocks below the boundary."""
+    def owed_after(
+        self, charged: int, epoch: int, epochs_left: int, steps_left: int, has_room: bool
+    ) -> tuple[int, int]:
+        """``owed`` and ``owed_ahead`` after a step that is charged with FLOPs of blocks below the boundary: what
+        nothing is stored of, for want of room, is not spent on later steps."""
         owed = self.owed - min(self.owed, self.due(steps_left))
-        if epoch != self.filled_in or epochs_left < 2:
+        if epoch != self.filled_in or epochs_left < 2 or not has_room:
             return owed, self.owed_ahead
         return owed, self.owed_ahead + charged * (epochs_left - 1) // epochs_left
 

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -56,18 +56,26 @@ class Run:
         """Steps until the end of the run, those of runs before it included; ``None`` for batches without a length, and
         no number given."""
         steps = self._most_steps
-        if isinstance(self._batches, Sized):
-            in_all = len(self._batches) // self._accumulate * self._epochs
+        if self._steps_in_epoch is not None:
+            in_all = self._steps_in_epoch * self._epochs
             steps = in_all if steps is None else min(steps, in_all)
         return None if steps is None else self._first_step + steps
 
     @property
-    def whole_epochs(self) -> int:
-        """How many passes over all batches the run makes, as far as is known."""
-        if self._most_steps is None or not isinstance(self._batches, Sized):
+    def whole_epochs(self) -> int | None:
+        """How many passes over all batches the run makes; ``None`` for batches without a length."""
+        if self._steps_in_epoch is None:
+            return None
+        if self._most_steps is None or not self._steps_in_epoch:
             return self._epochs
-        steps = len(self._batches) // self._accumulate
-        return min(self._epochs, self._most_steps // steps) if steps else self._epochs
+        return min(self._epochs, self._most_steps // self._steps_in_epoch)
+
+    @property
+    def _steps_in_epoch(self) -> int | None:
+        try:
+            return len(self._batches) // self._accumulate  # type: ignore[arg-type]
+        except TypeError:  # a loader of a data set without a length has __len__ too
+            return None
 
     def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...], list[Any]]]:
         """Epoch, batches of a step, and batches to measure importance on if that is due."""
