@@ -43,6 +43,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_bit(tmp_path: Path, u
     assert len(list(tmp_path.iterdir())) == checkpoints.KEPT
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_ends(tmp_path: Path, uninterrupted: str) -> None:
     process = start(tmp_path, "--slow", "0.05")
     assert process.stdout is not None

@@ -402,6 +402,7 @@ def test_train_until_a_total_is_spent(tiny: Path, pairs: Path, tmp_path: Path) -
     assert "no step was made" in nothing.stderr
 
 
+@pytest.mark.slow
 def test_train_by_the_grid(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "grid.csv").write_text("time,intensity\n2020-01-01T00:00Z,250\n2080-01-01T00:00Z,250\n")
     options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--steps", "2", "--json"]
@@ -437,6 +438,7 @@ def test_train_interrupted_and_resumed(tiny: Path, pairs: Path, tmp_path: Path) 
     assert [line["step"] for line in gtflops.training.read_log(log) if line["record"] == "step"] == list(range(150))
 
 
+@pytest.mark.slow
 def test_train_by_another_scheme(tiny: Path, tmp_path: Path) -> None:
     rows = [{"question": "what it costs", "answer": ["a model", "x"]} for _ in range(12)]
     path = tmp_path / "qa.jsonl"
@@ -476,6 +478,7 @@ def test_compare(tiny: Path, pairs: Path) -> None:
     assert "FLOP" not in result.stdout
 
 
+@pytest.mark.slow
 def test_compare_by_budgets_that_move(tiny: Path, pairs: Path) -> None:
     """What 'train' makes of the same options."""
     options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4", "--json"]

@@ -29,7 +29,7 @@ FAMILIES: dict[str, Callable[[str], Any]] = {
     "bert": lambda attention: ZOO[f"bert-{attention}"]().model,
     "t5": lambda attention: ZOO[f"t5-{attention}"]().model,
 }
-SLOW = ("t5-eager", "t5-sdpa", "bert-eager", "opt-eager")
+SLOW = ("t5-eager", "t5-sdpa", "bert-eager", "opt-eager", "llama-eager")
 EVERY = [
     pytest.param(family, attention, marks=[pytest.mark.slow] if f"{family}-{attention}" in SLOW else [])
     for family in FAMILIES
