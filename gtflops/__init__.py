@@ -1,7 +1,8 @@
 """gtflops: what a training step costs, exactly; which tensors are worth training under a budget; train them."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gtflops.lazy_names import loading
 
 if TYPE_CHECKING:
     from gtflops.capture.dispatch import ExecutedFlops
@@ -91,12 +92,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'gtflops' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gtflops.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = loading(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -63,6 +63,11 @@ class Selection:
         return self.profile.form("time", self.epochs_left).total(self.mask) / 1e9
 
     @property
+    def reuses(self) -> bool:
+        """Whether blocks below the selected tensors are read from a store."""
+        return self.epochs_left is not None and bool(self.profile.step_flops(self.mask, reuse="prefix").blocks)
+
+    @property
     def importance_captured(self) -> float:
         """Share of all positive importance that the selected tensors hold; 0 where there is none."""
         positive = math.fsum(value for value in self.importance.values() if value > 0)

@@ -69,10 +69,7 @@ class OperatingPoint:
     @property
     def reuses(self) -> bool:
         """Whether blocks below the selected tensors are read from a store."""
-        selection = self.selection
-        if selection.epochs_left is None:
-            return False
-        return bool(selection.profile.step_flops(selection.mask, reuse="prefix").blocks)
+        return self.selection.reuses
 
     @property
     def reason(self) -> str:

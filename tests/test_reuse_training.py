@@ -3,7 +3,6 @@
 import copy
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -407,7 +406,6 @@ def test_in_the_trainer_a_resumed_run_is_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
 def test_a_run_that_is_killed_while_it_stores_goes_on_to_the_bit(tmp_path: Path) -> None:
     expected = last_line(start(tmp_path / "whole", "--store", str(tmp_path / "store-of-whole")))
     assert any((tmp_path / "store-of-whole").rglob("*.safetensors"))

@@ -355,9 +355,7 @@ def _top_layers(problem: Problem) -> Iterator[tuple[str, Selection]]:
 
 def _differs(selection: Selection) -> bool:
     """False for one with reuse that leaves nothing out: it is what it is without."""
-    if selection.epochs_left is None:
-        return True
-    return bool(selection.profile.step_flops(selection.mask, reuse="prefix").blocks)
+    return selection.epochs_left is None or selection.reuses
 
 
 def _lora_flops(model: Any, batch: Any) -> int:

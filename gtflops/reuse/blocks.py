@@ -96,6 +96,14 @@ class Output:
         return hidden, _position_bias(block, hidden, args, kwargs), None
 
 
+def is_of_encoder(model: torch.nn.Module) -> Callable[[torch.nn.Module], bool] | None:
+    """Whether a module is of the encoder of an encoder-decoder; ``None`` for other models."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder = {id(module) for module in model.get_encoder().modules()}  # type: ignore[operator]
+    return lambda module: id(module) in encoder
+
+
 def callers_of(model: torch.nn.Module, stretches: Iterable[Stretch]) -> dict[str, torch.nn.Module]:
     """The modules that the blocks are in, by path."""
     paths = {""}

@@ -13,7 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gtflops.capture.batches import TARGET_POSITIONS
 from gtflops.errors import InputError, UnsupportedModelError
-from gtflops.reuse.blocks import Output, Stretch, callers_of, hidden_of, replaced, require_not_compiled, stretches_of
+from gtflops.reuse.blocks import (
+    Output,
+    Stretch,
+    callers_of,
+    hidden_of,
+    is_of_encoder,
+    replaced,
+    require_not_compiled,
+    stretches_of,
+)
 from gtflops.reuse.constants import digest_of, fingerprint_of, settings_of
 from gtflops.reuse.examples import TARGETS, Example, examples_of
 from gtflops.reuse.front import Front, Watch
@@ -194,10 +203,10 @@ class Prefix:
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if batch.get(name) or getattr(config, name, False):
                 raise InputError(f"{name} is on, but skipped blocks give none; expected it off, or no reuse")
-        if not getattr(config, "is_encoder_decoder", False):
+        of_encoder = is_of_encoder(self.model)
+        if of_encoder is None:
             return {name: value for name, value in batch.items() if name not in TARGETS}, _labels_of(batch)
-        encoder = {id(module) for module in self.model.get_encoder().modules()}  # type: ignore[operator]
-        if all(id(module) in encoder for module in self._skipped.values()):
+        if all(map(of_encoder, self._skipped.values())):
             return {
                 name: value for name, value in batch.items() if name not in TARGETS and not name.startswith("decoder_")
             }, None

@@ -1,7 +1,8 @@
 """Training under a budget: the loop, budgets that move, checkpoints, energy, and watching."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gtflops.lazy_names import loading
 
 if TYPE_CHECKING:
     from gtflops.training.budgets import Auto, Budget, CarbonAware, Progress, Total, budget_of, total_of
@@ -59,12 +60,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'gtflops.training' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gtflops.training.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = loading(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,8 @@ from gtflops.errors import InputError, UnsupportedModelError
 from gtflops.graph import Phase
 from gtflops.operators import Call
 from gtflops.profiling import Profile, Trainable
-from gtflops.reuse import ActivationStore, PlannedPass, Prefix, ReuseStatistics
+from gtflops.reuse import ActivationStore, PlannedPass, Prefix
+from gtflops.reuse.blocks import is_of_encoder
 from gtflops.training.pricing import Prices
 
 
@@ -99,11 +100,6 @@ class Reusing:
         self._loss = loss
         self._prefix: Prefix | None = None
         self._has_warned = False
-
-    @property
-    def statistics(self) -> ReuseStatistics | None:
-        """Of the boundary as it is now; ``None`` where no block is held."""
-        return None if self._prefix is None else self._prefix.statistics
 
     def hold(self, blocks: tuple[str, ...], epoch: int) -> None:
         """Store what these blocks compute from here on, in the place of others."""
@@ -203,10 +199,8 @@ def _reusable(profile: Profile, model: torch.nn.Module) -> tuple[str, ...]:
     """The blocks whose input is the same whenever an example comes: not those of a decoder beside an encoder, whose
     inputs are made of labels, padded to the longest of the batch."""
     blocks = tuple(block.name for block in profile.blocks)
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return blocks
-    encoder = {id(module) for module in model.get_encoder().modules()}  # type: ignore[operator]
-    return tuple(name for name in blocks if id(model.get_submodule(name)) in encoder)
+    of_encoder = is_of_encoder(model)
+    return blocks if of_encoder is None else tuple(name for name in blocks if of_encoder(model.get_submodule(name)))
 
 
 def _forward_calls(profile: Profile) -> list[Call]:
