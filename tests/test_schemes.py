@@ -160,7 +160,7 @@ def test_models_that_a_scheme_does_not_fit() -> None:
     with pytest.raises(gtflops.InputError, match="LlamaForCausalLM has no biases for bitfit to train; expected"):
         scheme("bitfit").prepare(build("llama"))
     one_block = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
-    with pytest.raises(gtflops.InputError, match=r"has 1 blocks .* so there are no top two"):
+    with pytest.raises(gtflops.InputError, match=r"has 1 blocks .* so there are no top 2"):
         scheme("top2").prepare(one_block)
     with pytest.raises(gtflops.InputError, match="no modules for queries and values by a known name; expected one"):
         scheme("lora").prepare(torch.nn.Sequential(torch.nn.Linear(2, 2)))

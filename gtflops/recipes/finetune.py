@@ -21,7 +21,17 @@ from gtflops.recipes.memory import Memory, PeakMemory
 from gtflops.recipes.resuming import digest_of_texts, digest_of_weights, require_as_begun, write_beginning
 from gtflops.recipes.schemes import Scheme, scheme
 from gtflops.selection import Selection
-from gtflops.training import Auto, EnergyMeter, GreenTrainer, StepRecord, TrainingLog, Watcher, budget_of, processes
+from gtflops.training import (
+    Auto,
+    EnergyMeter,
+    GreenTrainer,
+    StepRecord,
+    Total,
+    TrainingLog,
+    Watcher,
+    budget_of,
+    processes,
+)
 from gtflops.training.budgets import BudgetLike
 from gtflops.training.loop import Every, check_every
 from gtflops.trimming import Trimming
@@ -33,7 +43,7 @@ class FineTuneSettings:
 
     steps: int
     scheme: str = "greentrainer"
-    """One of :data:`gtflops.recipes.schemes.SCHEMES`."""
+    """One of :data:`gtflops.recipes.schemes.SCHEMES`, or ``top15`` for the 15 blocks nearest to the loss."""
     batch_size: int = 4
     seq_len: int = 224
     target_len: int = 64
@@ -44,6 +54,9 @@ class FineTuneSettings:
     """Share of a full step's FLOPs, for the scheme greentrainer; or any other budget of :class:`GreenTrainer`."""
     every: Every = 100
     """Optimizer steps between selections, or "epoch"."""
+    until: float | None = None
+    """FLOPs to spend at most, measuring importance included; where they are spent, the rate is 0 and the run ends. For
+    any scheme, so that schemes are compared at the same total; ``steps`` are then the most that are made."""
     granularity: Granularity = "tensor"
     """What the scheme greentrainer chooses as a whole; "layer" for compiled layers."""
     must_train: tuple[str, ...] = ()
@@ -159,6 +172,7 @@ def finetune(
     profile: Profile | None = None,
     loss_before: float | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    on_trained: Callable[[Any], None] | None = None,
     save: Path | None = None,
     energy: EnergyMeter | None = None,
     watchers: Sequence[Watcher] = (),
@@ -173,9 +187,9 @@ def finetune(
     log; Ctrl-C is an InterruptedRunError. A run is resumed with what it was begun with: InputError names what is other.
 
     ``profile`` (of the model as it comes) and ``loss_before`` are taken as known where given. Two runs from the same
-    weights and settings, on the same machine with the same number of threads, give the same losses. The trained model,
-    or its adapters alone, is written to the folder ``save`` as soon as it is trained. In a process group that was
-    started, every process calls this, and trains on batches of its own.
+    weights and settings, on the same machine with the same number of threads, give the same losses. As soon as it is
+    trained, the model, or its adapters alone, is written to the folder ``save``; ``on_trained`` is called with it,
+    adapters included. In a process group that was started, every process calls this, and trains on batches of its own.
     """
     chosen = scheme(settings.scheme)
     device = next(model.parameters()).device
@@ -211,7 +225,8 @@ def finetune(
 
     def decay(step: int) -> float:
         """To 0 at the last step, or where a total that may be spent before it will be."""
-        return max(0.0, 1 - max(step / settings.steps, 0.0 if trainer is None else _spent(trainer)))
+        spent = 0.0 if trainer is None else _spent(trainer)
+        return max(0.0, 1 - (max(step / settings.steps, spent) if settings.until is None else spent))
 
     torch.manual_seed(settings.seed + processes.rank())  # for dropout, which each process draws by itself
     trained = chosen.prepare(model).train()
@@ -225,6 +240,7 @@ def finetune(
         costs if settings.trim is None else first,
         settings.budget if chosen.budgeted else None,
         settings.every,
+        until=None if settings.until is None else Total(flops=settings.until),
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, decay),
         count_executed=settings.count_executed,
         allow_unsupported=settings.allow_unsupported,
@@ -273,6 +289,8 @@ def finetune(
     if save is not None and processes.rank() == 0:
         trained.save_pretrained(save)
         tokenizer.save_pretrained(save)
+    if on_trained is not None:
+        on_trained(trained)
     return FineTuneResult(
         scheme=chosen,
         log=trainer.log,
@@ -292,9 +310,10 @@ def finetune(
 def _spent(trainer: GreenTrainer) -> float:
     """The share of its total that a run has spent which may end before its last step; 0 for any other."""
     budget, log = trainer.budget, trainer.log
-    if not isinstance(budget, Auto) or budget.total is None or budget.total.flops is None:
+    total = trainer.until or (budget.total if isinstance(budget, Auto) else None)
+    if total is None or total.flops is None:
         return 0.0
-    return (log.planned_flops + log.measuring_flops) / budget.total.flops
+    return (log.planned_flops + log.measuring_flops) / total.flops
 
 
 def _begin_or_go_on(folder: Path, resume: bool, options: Mapping[str, object]) -> None:

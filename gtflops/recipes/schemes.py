@@ -1,6 +1,7 @@
 """The schemes that people compare with: what each trains, and when it chooses anew."""
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +30,18 @@ class Scheme:
 
 
 def scheme(name: str) -> Scheme:
-    """The scheme called ``name``; InputError lists them."""
-    if name not in SCHEMES:
-        raise InputError(f"there is no scheme {name!r}; expected one of {', '.join(SCHEMES)}")
-    return SCHEMES[name]
+    """The scheme called ``name``; InputError lists them.
+
+    >>> scheme("top15").what
+    'the 15 blocks nearest to the loss, without last norm and head'
+    """
+    if name in SCHEMES:
+        return SCHEMES[name]
+    if found := re.fullmatch(r"top([1-9][0-9]*)", name):
+        return _top(int(found[1]))
+    raise InputError(
+        f"there is no scheme {name!r}; expected one of {', '.join(SCHEMES)}, or another number than of top2"
+    )
 
 
 def _everything(model: Any) -> Any:
@@ -46,21 +55,25 @@ def _only(model: Any, names: Iterable[str]) -> Any:
     return model
 
 
-def _top2(model: Any) -> Any:
-    """FT-Top2, "the top two layers": the two blocks nearest to the loss, all of each, and nothing else.
+def _top(count: int) -> Scheme:
+    """FT-Top2, "the top two layers", for any number: the blocks nearest to the loss, all of each, and nothing else.
 
-    Embeddings, last norm and head are in no block and stay frozen, so that the backward pass ends at the lower of the
-    two. Of an encoder-decoder they are the decoder's.
+    Embeddings, last norm and head are in no block and stay frozen, so that the backward pass ends at the lowest of the
+    blocks. Of an encoder-decoder they are the decoder's.
     """
-    names = [name for name, _ in model.named_parameters()]
-    blocks = blocks_of(names)
-    order = list(dict.fromkeys(block for block in blocks.values() if block))
-    if len(order) < 2:
-        raise InputError(
-            f"{type(model).__name__} has {len(order)} blocks (modules in a list, as model.layers.3), so there are no "
-            "top two; expected a model of several"
-        )
-    return _only(model, (name for name in names if blocks[name] in order[-2:]))
+
+    def prepare(model: Any) -> Any:
+        names = [name for name, _ in model.named_parameters()]
+        blocks = blocks_of(names)
+        order = list(dict.fromkeys(block for block in blocks.values() if block))
+        if len(order) < count:
+            raise InputError(
+                f"{type(model).__name__} has {len(order)} blocks (modules in a list, as model.layers.3), so there are "
+                f"no top {count}; expected a model of as many, or a smaller number"
+            )
+        return _only(model, (name for name in names if blocks[name] in order[-count:]))
+
+    return Scheme(f"top{count}", f"the {count} blocks nearest to the loss, without last norm and head", prepare)
 
 
 def _bitfit(model: Any) -> Any:
@@ -164,7 +177,7 @@ SCHEMES: dict[str, Scheme] = {
     one.name: one
     for one in (
         Scheme("full", "every tensor", _everything),
-        Scheme("top2", "the two blocks nearest to the loss, without last norm and head", _top2),
+        _top(2),
         Scheme("bitfit", "the biases", _bitfit),
         Scheme("lora", "adapters of rank 8 on queries and values", _lora),
         Scheme("prefix", "20 virtual tokens in every layer", _prefix),

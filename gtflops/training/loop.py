@@ -29,7 +29,7 @@ from gtflops.reuse import ActivationStore
 from gtflops.selection import Selection, selection_of
 from gtflops.spending import OperatingPoint
 from gtflops.training import checkpoints
-from gtflops.training.budgets import BudgetLike, ByEpoch, Progress, budget_of, share_of
+from gtflops.training.budgets import BudgetLike, ByEpoch, Progress, Total, budget_of, share_of
 from gtflops.training.compiling import warn_of_recompiles
 from gtflops.training.energy import Energy, EnergyMeter
 from gtflops.training.pricing import Prices
@@ -99,6 +99,8 @@ class GreenTrainer:
             what brings the most importance per FLOP, if need be everything for fewer steps. It is asked at each
             selection. ``None`` trains every candidate, the full fine-tuning to compare with.
         every: when to select anew: a number of optimizer steps, ``"epoch"``, or a function of the number of steps made.
+        until: ends the run before the step that it does not pay for, measuring importance included, whatever is trained
+            and however it is chosen: what ways to train are compared at that differ in what a step costs.
         loss: ``loss(outputs, batch)``, a scalar tensor; ``outputs.loss`` without it.
         scheduler: stepped after each optimizer step of :meth:`fit`.
         choose: ``choose(profile, step)`` gives the names of the tensors to train until the next selection, in the place
@@ -157,6 +159,7 @@ class GreenTrainer:
         budget: BudgetLike = 0.5,
         every: Every = 100,
         *,
+        until: Total | None = None,
         loss: Loss | None = None,
         scheduler: Scheduler | None = None,
         choose: Choose | None = None,
@@ -182,6 +185,7 @@ class GreenTrainer:
         self.optimizer = optimizer
         self.budget = budget_of(budget if choose is None else None)
         self.every = every
+        self.until = until
         self.loss = loss
         self.scheduler = scheduler
         self.choose = choose
@@ -235,8 +239,6 @@ class GreenTrainer:
         self._starts_epoch = False
         self._to_check = False
         self._batches: tuple[Any, ...] = ()
-        self._coming: tuple[Any, ...] = ()
-        """The batches of the step that a selection is made before."""
         self._passes: deque[BatchCosts] = deque()
         """The forward passes of the step that are still to come."""
         self._draws: Mapping[str, Any] = {}
@@ -287,8 +289,7 @@ class GreenTrainer:
                 if self._starts_epoch:
                     self._reusing.begin_epoch()
             if self._chosen is None or self._is_due(len(self.log.steps), self._starts_epoch):
-                self._coming = batches
-                self.select(*(batches if measure_on is None else measure_on))
+                self._select(batches if measure_on is None else tuple(measure_on), batches)
             self._to_check = self._to_check and self.checks
             costs = [self._costs_of(batch) for batch in batches]
             full = self._total(costs, "all")
@@ -380,15 +381,15 @@ class GreenTrainer:
     def select(self, *batches: Any) -> SelectionRecord:
         """Choose the tensors to train from the next step on, by their importance on ``batches``."""
         with self.processes.together():
-            return self._select(batches)
+            return self._select(batches, batches[:1])
 
-    def _select(self, batches: tuple[Any, ...]) -> SelectionRecord:
+    def _select(self, batches: tuple[Any, ...], coming: tuple[Any, ...]) -> SelectionRecord:
+        """By the importance on ``batches``, before a step on those that are ``coming``."""
         self._require_no_gradients()
         started = time.perf_counter()
         costs = self._prices.of(self.processes.first_batch(batches[0]))
-        coming = [self._prices.of(batch) for batch in self._coming or batches[:1]]
-        self._coming = ()
-        full = self._total([BatchCosts(profile, profile) for profile in coming], "all")
+        prices = [self._prices.of(batch) for batch in coming]
+        full = self._total([BatchCosts(profile, profile) for profile in prices], "all")
         progress = self._progress(full)
         share = self.processes.first("the budget", lambda: self.budget.share(progress))
         selection = reason = None
@@ -561,7 +562,12 @@ class GreenTrainer:
         """BudgetSpentError where the budget of the run does not pay for ``flops``."""
         # What was spent ahead is spent, whoever pays it back.
         flops += self._owed
-        if reason := self.processes.first("what is left", lambda: self.budget.exhausted(progress, flops)):
+
+        def exhausted() -> str | None:
+            until = None if self.until is None else self.until.exhausted(progress, flops)
+            return until or self.budget.exhausted(progress, flops)
+
+        if reason := self.processes.first("what is left", exhausted):
             raise BudgetSpentError(reason)
 
     def _is_check_due(self) -> bool:

@@ -1,0 +1,125 @@
+"""What is to be run for the quality at equal total FLOPs, and in which order; results lie in a file a run."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results") / "quality"
+
+#: Shares of :data:`EPOCHS` epochs of full fine-tuning.
+TOTALS = (0.25, 0.5, 0.75, 1.0)
+EPOCHS = 3
+SEEDS = (1, 2, 3)
+
+#: Learning rates are chosen from one grid for all schemes, by validation loss alone, at the smallest total and with a
+#: seed that no table has. Where the search begins is a guess: it ends at a rate that is better than both beside it.
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FIRST_RATE = {"lora": 1e-3, "prefix": 1e-2}
+TUNING_SEED, TUNING_TOTAL = 0, 0.25
+
+CORE = ("full", "lora", "top15", "gt@0.7", "auto", "reuse")
+SCHEMES = (*CORE, "gt@0.5", "gt@0.9", "top5", "lisa", "prefix")
+#: Ways to choose tensors at the budget of gt@0.5 and gt@0.7, at the rate of those.
+ABLATIONS = ("random@0.7", "largest@0.7", "published@0.7")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run: ``total`` is a share of three full epochs."""
+
+    data: str
+    scheme: str
+    total: float
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """
+        >>> Cell("aclsum", "gt@0.7", 0.25, 1e-4, 1).name
+        'gt@0.7 total 0.25 rate 1e-04 seed 1'
+        """
+        return f"{self.scheme} total {self.total:g} rate {self.rate:.0e} seed {self.seed}"
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / self.data / f"{self.name.replace(' ', '-')}.json"
+
+    @property
+    def tunes(self) -> bool:
+        """Whether it is for the choice of a rate: measured on validation examples alone."""
+        return self.seed == TUNING_SEED
+
+
+Read = Callable[[Cell], Mapping[str, Any] | None]
+
+
+def result_of(cell: Cell) -> Mapping[str, Any] | None:
+    """What a run left, if it was made."""
+    if not cell.path.exists():
+        return None
+    result: dict[str, Any] = json.loads(cell.path.read_text(encoding="utf-8"))
+    return result
+
+
+def validation_loss(result: Mapping[str, Any]) -> float:
+    """Of a target token; infinite where the run failed, as at a rate at which the loss is not finite."""
+    if result.get("failed"):
+        return math.inf
+    losses = result["validation"]["losses"]
+    return math.fsum(losses) / sum(result["validation"]["tokens"])
+
+
+def rate_for(data: str, scheme: str, read: Read = result_of) -> tuple[float | None, Cell | None]:
+    """The rate that was chosen for a scheme, or else the run that is needed next to choose it."""
+    scheme = _tuned_as(scheme)
+
+    def cell(rate: float) -> Cell:
+        return Cell(data, scheme, TUNING_TOTAL, rate, TUNING_SEED)
+
+    losses: dict[float, float] = {}
+    wanted = [FIRST_RATE.get(scheme, 1e-4)]
+    while wanted:
+        for rate in wanted:
+            if (result := read(cell(rate))) is None:
+                return None, cell(rate)
+            losses[rate] = validation_loss(result)
+        best = GRID.index(min(losses, key=lambda rate: losses[rate]))
+        wanted = [rate for rate in GRID[max(0, best - 1) : best + 2] if rate not in losses]
+    return GRID[best], None
+
+
+def _tuned_as(scheme: str) -> str:
+    """Ways to choose within a budget are compared at one rate."""
+    name, at, budget = scheme.partition("@")
+    return f"gt@{budget}" if at and name != "gt" else scheme
+
+
+def plan(data: str, read: Read = result_of) -> Iterator[Cell]:
+    """Runs in the order of what they tell: what is chosen first, then few schemes at small totals, then the rest.
+
+    A run whose rate is not chosen yet stands back for one that helps to choose it, so that what is left changes as
+    results come in.
+    """
+    stages: Sequence[tuple[Sequence[str], Sequence[float], Sequence[int]]] = (
+        (CORE, (0.25,), (1,)),
+        (CORE, (0.5,), (1,)),
+        (CORE, (0.25,), SEEDS),
+        (SCHEMES, (0.25, 0.5), (1,)),
+        (CORE, (0.5, 1.0), SEEDS),
+        (ABLATIONS, (0.5,), SEEDS),
+        (SCHEMES, TOTALS, SEEDS),
+    )
+    yield Cell(data, "untrained", 0.0, 0.0, 1)
+    for schemes, totals, seeds in stages:
+        for seed in seeds:
+            for total in totals:
+                for scheme in schemes:
+                    rate, needed = rate_for(data, scheme, read)
+                    if needed is not None:
+                        yield needed
+                    elif rate is not None:
+                        yield Cell(data, scheme, total, rate, seed)

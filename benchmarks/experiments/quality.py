@@ -1,0 +1,259 @@
+"""Quality at equal total FLOPs: runs what is not done yet of the plan in cells.py, until it is ended.
+
+``OMP_NUM_THREADS=1 .venv/bin/python benchmarks/experiments/quality.py`` (Ctrl-C ends it; what is done is kept, a file a
+run, and is skipped the next time; several of them share the work). SmolLM2-135M on ACLSum, batches of 4 by length
+without padding, the head at target positions alone, for every scheme alike; matrix products in bfloat16 by autocast,
+weights and optimizer in float32.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from cells import EPOCHS, Cell, plan, result_of
+
+from gtflops.errors import GtflopsError
+from gtflops.files import write_whole
+from gtflops.recipes.batches import EpochBatches, in_order
+from gtflops.recipes.datasets import DataSet, Example, load
+from gtflops.recipes.evaluation import generate
+from gtflops.recipes.finetune import FineTuneResult, FineTuneSettings, finetune
+from gtflops.recipes.models import SMOLLM2, Pretrained, load_pretrained
+from gtflops.training import Auto, EnergyMeter, Total
+from gtflops.training.pricing import Prices
+from gtflops.trimming import IGNORED, Trim
+
+BATCH_SIZE = 4
+#: Blocks that are drawn anew, by LISA.
+LISA_EVERY = 10
+PACKAGES = ("gtflops", "torch", "transformers", "peft", "codecarbon", "rouge-score")
+
+
+def settings_of(cell: Cell, data: DataSet, flops: int, store: Path) -> FineTuneSettings:
+    """What a run depends on; ``flops`` is what it may spend in all."""
+    steps_in_epoch = len(data.train) // BATCH_SIZE
+    common = FineTuneSettings(
+        steps=100 * steps_in_epoch,
+        until=flops,
+        batch_size=BATCH_SIZE,
+        seq_len=data.seq_len,
+        target_len=data.target_len,
+        trim="auto",
+        every="epoch",
+        learning_rate=cell.rate,
+        seed=cell.seed,
+        num_validation=1,  # measured here, example by example
+        count_executed=True,
+    )
+    name, _, budget = cell.scheme.partition("@")
+    if name == "gt":
+        return replace(common, scheme="greentrainer", budget=float(budget))
+    if name == "auto":  # the three epochs that the total does not pay for in full
+        total = Auto(Total(flops=flops))
+        return replace(
+            common, scheme="greentrainer", budget=total, until=None, steps=EPOCHS * steps_in_epoch, store=store
+        )
+    if name == "reuse":  # the same three epochs, or twice as many where the total pays for all of them
+        epochs = EPOCHS if cell.total < 1 else 2 * EPOCHS
+        share = cell.total * EPOCHS / epochs
+        return replace(common, scheme="greentrainer", budget=share, steps=epochs * steps_in_epoch, store=store)
+    return replace(common, scheme=name, every=LISA_EVERY if name == "lisa" else "epoch")
+
+
+def epoch_flops(model: Any, tokenizer: Any, data: DataSet) -> int:
+    """Of full steps over all training examples, without what the loss does not see."""
+    prices = Prices(model, None)
+    batches = EpochBatches(data.train, tokenizer, batch_size=BATCH_SIZE, seq_len=data.seq_len, seed=0, grouped=True)
+    with Trim(model) as trim:
+        return sum(prices.of(trim(batch)).full_flops for batch in batches)
+
+
+def in_bfloat16(model: Any) -> Any:
+    """The model, whose forward passes are each under autocast, so that no cast of a weight outlives a step."""
+    autocast = torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16)
+
+    def enter(*_: Any) -> None:
+        autocast.__enter__()
+
+    def leave(*_: Any) -> None:
+        autocast.__exit__(None, None, None)
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
+    return model
+
+
+def losses(model: Any, tokenizer: Any, examples: Sequence[Example], data: DataSet) -> dict[str, list[float]]:
+    """The sum over its target's tokens, for each example, and how many tokens these are."""
+    model.eval()
+    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].source))
+    ordered = [examples[index] for index in by_length]
+    found: list[tuple[float, int]] = []
+    with torch.no_grad(), Trim(model) as trim:
+        for batch in in_order(ordered, tokenizer, batch_size=BATCH_SIZE, seq_len=data.seq_len):
+            labels = batch["labels"][:, 1:]  # a first one has no position to be predicted from
+            is_target = labels != IGNORED
+            logits = model(**trim(batch)).logits
+            # Of target positions alone, in the order of the batch, unless the model could not be trimmed.
+            at_targets = logits[0] if logits.shape[0] == 1 else logits[:, -labels.shape[1] - 1 : -1][is_target]
+            values = torch.nn.functional.cross_entropy(at_targets.float(), labels[is_target], reduction="none")
+            counts = is_target.sum(1).tolist()
+            found += [(float(part.sum()), count) for part, count in zip(values.split(counts), counts, strict=True)]
+    in_order_of_data = [found[by_length.index(index)] for index in range(len(examples))]
+    return {"losses": [value for value, _ in in_order_of_data], "tokens": [count for _, count in in_order_of_data]}
+
+
+def texts(model: Any, tokenizer: Any, examples: Sequence[Example], data: DataSet) -> list[str]:
+    """Greedy answers, after which the weights are in bfloat16."""
+    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].source))
+    answers = generate(
+        model.to(torch.bfloat16),
+        tokenizer,
+        [examples[index] for index in by_length],
+        seq_len=data.seq_len,
+        target_len=data.target_len,
+        batch_size=20,
+    )
+    return [answers[by_length.index(index)] for index in range(len(examples))]
+
+
+def evaluated(model: Any, tokenizer: Any, data: DataSet, *, test: bool) -> dict[str, Any]:
+    measured: dict[str, Any] = {"validation": losses(model, tokenizer, data.validation, data)}
+    if test:
+        measured["test"] = losses(model, tokenizer, data.test, data)
+        measured["test"]["texts"] = texts(model, tokenizer, data.test, data)
+    return measured
+
+
+def run(cell: Cell, pretrained: Pretrained, data: DataSet, flops_of_epoch: int) -> dict[str, Any]:
+    """Train and measure; what came of it, as plain data."""
+    started = time.perf_counter()
+    tokenizer = pretrained.tokenizer
+    model = copy.deepcopy(pretrained.model)
+    in_bfloat16(model)
+    result: dict[str, Any] = {"cell": asdict(cell), "epoch_flops": flops_of_epoch}
+    if cell.scheme == "untrained":
+        return result | evaluated(model, tokenizer, data, test=True)
+    flops = int(cell.total * EPOCHS * flops_of_epoch)
+    measured: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as store:
+        try:
+            made = finetune(
+                model,
+                tokenizer,
+                data,
+                settings_of(cell, data, flops, Path(store)),
+                loss_before=math.nan,
+                on_trained=lambda trained: measured.update(evaluated(trained, tokenizer, data, test=not cell.tunes)),
+                energy=EnergyMeter("FRA"),
+            )
+        except GtflopsError as error:
+            if not str(error).startswith("the loss is"):  # not finite, at this rate
+                raise
+            return result | {"failed": str(error)}
+    return result | {"until": flops, **described(made), **measured, "seconds": time.perf_counter() - started}
+
+
+def described(made: FineTuneResult) -> dict[str, Any]:
+    log = made.log
+    return {
+        "steps": len(log.steps),
+        "planned": log.planned_flops,
+        "executed": log.executed_flops,
+        "measuring": log.measuring_flops,
+        "full": log.full_flops,
+        "train_losses": [step.loss for step in log.steps],
+        "train_seconds": log.seconds,
+        "stopped": log.stopped,
+        "energy": None if log.energy is None else asdict(log.energy),
+        "selections": [
+            {
+                "step": record.step,
+                "tensors": len(record.names),
+                "flops": record.flops,
+                "full_flops": record.full_flops,
+                "captured": record.importance_captured,
+                "held": len(record.held),
+                "reason": record.reason,
+            }
+            for record in log.selections
+        ],
+    }
+
+
+def origin() -> dict[str, Any]:
+    """Where a result comes from."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+    }
+
+
+@contextmanager
+def claimed(cell: Cell) -> Iterator[bool]:
+    """Whether no other process is at it."""
+    claim = cell.path.with_suffix(".running")
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError, ValueError):
+        if not Path(f"/proc/{int(claim.read_text())}").exists():
+            claim.unlink()  # of one that was killed
+    try:
+        with claim.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claim.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="aclsum")
+    parser.add_argument("--most", type=int, help="runs to make; all unless given")
+    given = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    pretrained, data = load_pretrained(SMOLLM2), load(given.data)
+    flops_of_epoch = epoch_flops(in_bfloat16(copy.deepcopy(pretrained.model)), pretrained.tokenizer, data)
+    print(f"{data.name}: a full epoch is {flops_of_epoch:,} FLOPs", flush=True)
+    left = math.inf if given.most is None else given.most
+    while left > 0:
+        for cell in plan(given.data):
+            if result_of(cell) is not None:
+                continue
+            with claimed(cell) as is_ours:
+                if not is_ours or result_of(cell) is not None:
+                    continue
+                started = time.perf_counter()
+                result = run(cell, pretrained, data, flops_of_epoch) | origin()
+                write_whole(cell.path, json.dumps(result, indent=1) + "\n")
+                print(f"{cell.name}: {time.perf_counter() - started:.0f} s", flush=True)
+            break
+        else:
+            return
+        left -= 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
