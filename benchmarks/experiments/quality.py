@@ -197,11 +197,11 @@ def described(made: FineTuneResult) -> dict[str, Any]:
 
 
 def origin() -> dict[str, Any]:
-    """Where a result comes from."""
+    """Of results: by what they are made, from now on."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
@@ -237,7 +237,7 @@ def main() -> None:
     pretrained, data = load_pretrained(SMOLLM2), load(given.data)
     flops_of_epoch = epoch_flops(in_bfloat16(copy.deepcopy(pretrained.model)), pretrained.tokenizer, data)
     print(f"{data.name}: a full epoch is {flops_of_epoch:,} FLOPs", flush=True)
-    left = math.inf if given.most is None else given.most
+    left, made_by = math.inf if given.most is None else given.most, origin()
     while left > 0:
         for cell in plan(given.data):
             if result_of(cell) is not None:
@@ -246,7 +246,7 @@ def main() -> None:
                 if not is_ours or result_of(cell) is not None:
                     continue
                 started = time.perf_counter()
-                result = run(cell, pretrained, data, flops_of_epoch) | origin()
+                result = run(cell, pretrained, data, flops_of_epoch) | made_by
                 write_whole(cell.path, json.dumps(result, indent=1) + "\n")
                 print(f"{cell.name}: {time.perf_counter() - started:.0f} s", flush=True)
             break
