@@ -1,5 +1,6 @@
 """Work that the loss never sees: padding, and the head at positions without a label."""
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -310,7 +311,7 @@ def _family_of(model: torch.nn.Module, base: torch.nn.Module, loss: Loss | None)
     adapters = getattr(model, "peft_config", None)
     if isinstance(adapters, Mapping) and any(getattr(one, "is_prompt_learning", False) for one in adapters.values()):
         return None, "virtual tokens are put in front of the batch"
-    if not kind.forward.__module__.startswith("transformers.models.") or "forward" in vars(base):
+    if not kind.forward.__module__.startswith("transformers.models.") or _forward_of(base) is not kind.forward:
         return None, f"the forward pass of {kind.__name__} is not that of transformers"
     if family.loss == "next token":
         function = base.loss_function
@@ -318,6 +319,17 @@ def _family_of(model: torch.nn.Module, base: torch.nn.Module, loss: Loss | None)
         if own or getattr(function, "__name__", "") != "ForCausalLMLoss":
             return None, f"the loss_function of {kind.__name__} is not that of transformers"
     return family, None
+
+
+def _forward_of(model: torch.nn.Module) -> Any:
+    """The forward function, without what mixed precision puts around it: accelerate does so in a Trainer with bf16."""
+    forward = vars(model).get("forward", type(model).forward)
+    while True:
+        function = getattr(forward, "__func__", forward)
+        where = function.__globals__["__name__"] if inspect.isfunction(function) else type(function).__module__
+        if where not in ("torch.amp.autocast_mode", "accelerate.utils.operations"):
+            return function
+        forward = function.__wrapped__
 
 
 def _why_all_columns(base: torch.nn.Module) -> str | None:

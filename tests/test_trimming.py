@@ -4,6 +4,7 @@ In evaluation mode where two passes are compared: with dropout, random numbers f
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from accelerate import Accelerator
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -341,6 +343,22 @@ def test_models_that_are_left_as_they_are(make: Callable[[], Trim], why: str) ->
     with pytest.warns(UserWarning, match=f"trim: .*{why}"):
         trim = make()
     assert trim(batch) is batch
+
+
+def test_mixed_precision_around_the_forward_pass_is_seen_through() -> None:
+    """What accelerate does to the model of a Trainer with bf16, which is what most are trained with."""
+    batch, plain = batch_of("llama", [9, 5, 11]), build("llama")
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare(copy.deepcopy(plain))
+    assert "forward" in vars(model)
+    with warnings.catch_warnings(action="error"), Trim(model) as trim:
+        trimmed = trim(batch)
+        assert TARGET_POSITIONS in trimmed
+        torch.testing.assert_close(model(**trimmed).loss, model(**batch).loss, rtol=1e-2, atol=0)
+
+    wrapped = copy.deepcopy(plain)
+    wrapped.forward = functools.wraps(wrapped.forward)(lambda **inputs: plain(**inputs))
+    with pytest.warns(UserWarning, match=r"forward pass .* is not that of transformers"):
+        assert Trim(wrapped)(batch) is batch
 
 
 def test_lengths_that_a_model_looks_at_are_left() -> None:
