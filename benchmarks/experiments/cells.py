@@ -113,8 +113,9 @@ def plan(data: str, read: Read = result_of) -> Iterator[Cell]:
         (ABLATIONS, (0.5,), SEEDS),
         (SCHEMES, TOTALS, SEEDS),
     )
-    yield Cell(data, "untrained", 0.0, 0.0, 1)
-    for schemes, totals, seeds in stages:
+    for number, (schemes, totals, seeds) in enumerate(stages):
+        if number == 1:
+            yield Cell(data, "untrained", 0.0, 0.0, 1)
         for seed in seeds:
             for total in totals:
                 for scheme in schemes:

@@ -39,6 +39,8 @@ from gtflops.training.pricing import Prices
 from gtflops.trimming import IGNORED, Trim
 
 BATCH_SIZE = 4
+#: Test examples that a text is generated for.
+NUM_TEXTS = 150
 #: Blocks that are drawn anew, by LISA.
 LISA_EVERY = 10
 PACKAGES = ("gtflops", "torch", "transformers", "peft", "codecarbon", "rouge-score")
@@ -132,12 +134,12 @@ def texts(model: Any, tokenizer: Any, examples: Sequence[Example], data: DataSet
     return [answers[by_length.index(index)] for index in range(len(examples))]
 
 
-def evaluated(model: Any, tokenizer: Any, data: DataSet, *, test: bool) -> dict[str, Any]:
-    measured: dict[str, Any] = {"validation": losses(model, tokenizer, data.validation, data)}
-    if test:
-        measured["test"] = losses(model, tokenizer, data.test, data)
-        measured["test"]["texts"] = texts(model, tokenizer, data.test, data)
-    return measured
+def evaluated(model: Any, tokenizer: Any, data: DataSet, *, tunes: bool) -> dict[str, Any]:
+    """What choices are made by, or what is for tables alone."""
+    if tunes:
+        return {"validation": losses(model, tokenizer, data.validation, data)}
+    test = losses(model, tokenizer, data.test, data)
+    return {"test": {**test, "texts": texts(model, tokenizer, data.test[:NUM_TEXTS], data)}}
 
 
 def run(cell: Cell, pretrained: Pretrained, data: DataSet, flops_of_epoch: int) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def run(cell: Cell, pretrained: Pretrained, data: DataSet, flops_of_epoch: int) 
     in_bfloat16(model)
     result: dict[str, Any] = {"cell": asdict(cell), "epoch_flops": flops_of_epoch}
     if cell.scheme == "untrained":
-        return result | evaluated(model, tokenizer, data, test=True)
+        return result | evaluated(model, tokenizer, data, tunes=False)
     flops = int(cell.total * EPOCHS * flops_of_epoch)
     measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as store:
@@ -159,7 +161,7 @@ def run(cell: Cell, pretrained: Pretrained, data: DataSet, flops_of_epoch: int) 
                 data,
                 settings_of(cell, data, flops, Path(store)),
                 loss_before=math.nan,
-                on_trained=lambda trained: measured.update(evaluated(trained, tokenizer, data, test=not cell.tunes)),
+                on_trained=lambda trained: measured.update(evaluated(trained, tokenizer, data, tunes=cell.tunes)),
                 energy=EnergyMeter("FRA"),
             )
         except GtflopsError as error:
