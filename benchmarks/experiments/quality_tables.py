@@ -1,0 +1,253 @@
+"""Tables and a figure of the quality at equal total FLOPs, from the raw results of quality.py."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cells import ABLATIONS, GRID, RESULTS, SCHEMES, TOTALS, TUNING_SEED, TUNING_TOTAL, Cell, rate_for, validation_loss
+from scipy.stats import bootstrap
+
+from gtflops.recipes.datasets import load
+from gtflops.recipes.metrics import rouge
+
+#: Test examples of a paper stand together: they are resampled together.
+ASPECTS = 3
+RESAMPLES = 2000
+LABELS = {
+    "full": "full, fewer steps",
+    "lora": "LoRA",
+    "prefix": "prefix tuning",
+    "lisa": "LISA",
+    "top5": "top 5 of 30 layers",
+    "top15": "top 15 of 30 layers",
+    "gt@0.5": "selection at 0.5",
+    "gt@0.7": "selection at 0.7",
+    "gt@0.9": "selection at 0.9",
+    "reuse": "selection with reuse",
+    "auto": "auto",
+    "random@0.7": "random importances at 0.7",
+    "largest@0.7": "largest importance first, at 0.7",
+    "published@0.7": "published recursion at 0.7",
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the 95 % interval of a bootstrap over test papers."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Of one scheme at one total: a result for each seed."""
+
+    scheme: str
+    total: float
+    results: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """Sum over target tokens and their number, by paper; the mean over seeds."""
+        each = [[_by_paper(result["test"]["losses"]), _by_paper(result["test"]["tokens"])] for result in self.results]
+        return np.mean(each, axis=0)
+
+    @property
+    def loss(self) -> Interval:
+        """Mean loss of a target token on the test examples."""
+        return _interval(_ratio, self.losses[0], self.losses[1])
+
+    def above(self, other: "Runs") -> Interval:
+        """By how much the loss is above another's, on the same papers."""
+        return _interval(lambda a, b, n: _ratio(a, n) - _ratio(b, n), self.losses[0], other.losses[0], self.losses[1])
+
+    @property
+    def seeds_apart(self) -> float:
+        """From the least to the greatest loss of a seed."""
+        losses = [math.fsum(one["test"]["losses"]) / sum(one["test"]["tokens"]) for one in self.results]
+        return max(losses) - min(losses)
+
+    def rouge(self, name: str) -> Interval:
+        """In percent, the mean over seeds."""
+        each = [_by_paper(_scores(tuple(result["test"]["texts"]), name)) / ASPECTS for result in self.results]
+        return _interval(lambda scores: scores.mean(), np.mean(each, axis=0))
+
+    def mean(self, field: str) -> float:
+        return float(np.mean([result[field] for result in self.results]))
+
+
+def _by_paper(values: Sequence[float]) -> np.ndarray:
+    return np.asarray(values, dtype=float).reshape(-1, ASPECTS).sum(axis=1)
+
+
+def _ratio(sums: np.ndarray, counts: np.ndarray) -> float:
+    return float(sums.sum() / counts.sum())
+
+
+def _interval(statistic: Any, *samples: np.ndarray) -> Interval:
+    found = bootstrap(
+        samples, statistic, n_resamples=RESAMPLES, paired=True, vectorized=False, method="percentile", rng=0
+    ).confidence_interval
+    return Interval(float(statistic(*samples)), float(found.low), float(found.high))
+
+
+_references: dict[str, tuple[str, ...]] = {}
+
+
+def _scores(texts: tuple[str, ...], name: str) -> list[float]:
+    references = _references.setdefault("aclsum", tuple(example.target for example in load("aclsum").test))
+    return [rouge([text], [reference])[name] for text, reference in zip(texts, references, strict=False)]
+
+
+def read(data: str, folder: Path = RESULTS) -> list[Mapping[str, Any]]:
+    """All raw results of a data set."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / data).glob("*.json"))]
+
+
+def runs_of(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, float], Runs]:
+    """What tables are made of, by scheme and total: runs at the rate that was chosen."""
+    by_cell = {Cell(**result["cell"]): result for result in results}
+    found: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for cell, result in by_cell.items():
+        if cell.seed == TUNING_SEED or result.get("failed"):
+            continue
+        if cell.scheme == "untrained" or rate_for(cell.data, cell.scheme, by_cell.get)[0] == cell.rate:
+            found.setdefault((cell.scheme, cell.total), []).append(result)
+    return {key: Runs(*key, results) for key, results in found.items()}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
+    return "".join(f"| {line} |\n" if "---" not in line else f"|{line}|\n" for line in lines)
+
+
+def rates(results: Sequence[Mapping[str, Any]]) -> str:
+    """Validation loss by rate, the chosen one in bold."""
+    by_cell = {Cell(**result["cell"]): result for result in results}
+    rows = []
+    for scheme in SCHEMES:
+        of_scheme = {cell.rate: one for cell, one in by_cell.items() if cell.scheme == scheme and cell.tunes}
+        if not of_scheme:
+            continue
+        chosen, _ = rate_for("aclsum", scheme, by_cell.get)
+        cells = []
+        for rate in GRID:
+            text = "" if rate not in of_scheme else f"{validation_loss(of_scheme[rate]):.3f}"
+            cells.append(f"**{text}**" if rate == chosen else text)
+        rows.append([LABELS[scheme], *cells])
+    return table(["scheme", *(f"{rate:.0e}" for rate in GRID)], rows)
+
+
+def losses(runs: Mapping[tuple[str, float], Runs], schemes: Sequence[str]) -> str:
+    """Test loss by scheme and total."""
+    rows = []
+    for scheme in schemes:
+        of_scheme = {total: runs[scheme, total] for total in TOTALS if (scheme, total) in runs}
+        if of_scheme:
+            cells = [f"{of_scheme[t].loss}, n={len(of_scheme[t].results)}" if t in of_scheme else "" for t in TOTALS]
+            rows.append([LABELS[scheme], *cells])
+    return table(["scheme", *(f"total {total:g}" for total in TOTALS)], rows)
+
+
+def against_full(runs: Mapping[tuple[str, float], Runs]) -> str:
+    """Test loss above that of full fine-tuning for the same FLOPs, on the same papers."""
+    rows = []
+    for scheme in SCHEMES[1:]:
+        cells = [
+            str(runs[scheme, total].above(runs["full", total]))
+            if (scheme, total) in runs and ("full", total) in runs
+            else ""
+            for total in TOTALS
+        ]
+        if any(cells):
+            rows.append([LABELS[scheme], *cells])
+    return table(["scheme", *(f"total {total:g}" for total in TOTALS)], rows)
+
+
+def details(runs: Mapping[tuple[str, float], Runs]) -> str:
+    """What each took, and how good its texts are."""
+    rows = []
+    for total in TOTALS:
+        for scheme in (*SCHEMES, *ABLATIONS):
+            if (one := runs.get((scheme, total))) is None:
+                continue
+            spent = one.mean("executed") + one.mean("measuring")
+            energies = [result["energy"] for result in one.results]
+            rows.append(
+                [
+                    f"{total:g}",
+                    LABELS[scheme],
+                    f"{one.results[0]['cell']['rate']:.0e}",
+                    f"{one.mean('steps'):.0f}",
+                    f"{spent / one.mean('until'):.4f}",
+                    f"{one.mean('measuring') / one.mean('until'):.4f}",
+                    *(str(one.rouge(name)) for name in ("rouge1", "rouge2", "rougeL")),
+                    f"{one.seeds_apart:.3f}" if len(one.results) > 1 else "",
+                    f"{one.mean('train_seconds'):.0f}",
+                    f"{np.mean([energy['kwh'] for energy in energies]) * 1000:.1f}",
+                    f"{np.mean([energy['co2_kg'] for energy in energies]) * 1000:.2f}",
+                ]
+            )
+    head = "total, scheme, rate, steps, FLOPs spent, of them measuring, ROUGE-1, ROUGE-2, ROUGE-L, seeds apart, s, Wh, g CO2"
+    return table(head.split(", "), rows)
+
+
+def untrained(runs: Mapping[tuple[str, float], Runs]) -> str:
+    one = runs.get(("untrained", 0.0))
+    if one is None:
+        return ""
+    scores = ", ".join(f"{label} {one.rouge(name)}" for label, name in (("ROUGE-1", "rouge1"), ("ROUGE-L", "rougeL")))
+    return f"Without training: loss {one.loss}, {scores}.\n"
+
+
+def figure(runs: Mapping[tuple[str, float], Runs], path: Path) -> None:
+    """Test loss against total FLOPs, with intervals, as SVG."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasSVG(drawing)
+    axes = drawing.subplots()
+    for number, scheme in enumerate(SCHEMES):
+        points = [(total, runs[scheme, total].loss) for total in TOTALS if (scheme, total) in runs]
+        if points:
+            shifted = [total + 0.006 * (number - len(SCHEMES) / 2) for total, _ in points]
+            bars = np.array([[loss.value - loss.low, loss.high - loss.value] for _, loss in points]).T
+            axes.errorbar(
+                shifted, [loss.value for _, loss in points], yerr=bars, marker="o", capsize=2, label=LABELS[scheme]
+            )
+    axes.set_xlabel("total FLOPs, as a share of three full epochs")
+    axes.set_ylabel("test loss of a target token")
+    axes.legend(fontsize="small")
+    drawing.savefig(path, metadata={"Date": None})
+
+
+def section(data: str = "aclsum") -> str:
+    """The text of RESULTS.md."""
+    results = read(data)
+    runs = runs_of(results)
+    made_by = results[0]
+    full = next(result for result in results if "epoch_flops" in result)["epoch_flops"]
+    versions = ", ".join(f"{name} {number}" for name, number in made_by["versions"].items())
+    return (
+        "## Quality at equal total FLOPs\n\n"
+        "`benchmarks/experiments/quality.py`: SmolLM2-135M on ACLSum, batches of 4 by length without padding, the head "
+        "at target positions alone, matrix products in bfloat16, AdamW, the rate falling to 0 where the total is spent. "
+        f"Totals are shares of three full epochs; one is {full:,} FLOPs. Intervals are of a bootstrap over the 100 test "
+        f"papers (95 %, {RESAMPLES:,} resamples) of the mean over n seeds; texts are greedy, for 50 papers. "
+        f"{made_by['machine']}; {versions}.\n\n"
+        f"Learning rates, by the validation loss of runs at total {TUNING_TOTAL:g} with a seed of their own:\n\n"
+        f"{rates(results)}\n{untrained(runs)}\nTest loss of a target token:\n\n{losses(runs, (*SCHEMES, *ABLATIONS))}\n"
+        f"Test loss above that of full fine-tuning for the same FLOPs:\n\n{against_full(runs)}\n"
+        f"What the runs took (time on a machine that did other things besides):\n\n{details(runs)}"
+    )
