@@ -3,14 +3,14 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 # Tests and benchmarks: two busy threads on two shared cores can be slower than one.
-test test-slow test-browser sanitize bench docs: export OMP_NUM_THREADS ?= 1
+test test-slow test-browser sanitize bench docs experiment-flops: export OMP_NUM_THREADS ?= 1
 
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 CPP_STYLED := $(CPP) benchmarks/table_pass.cpp
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
 
-.PHONY: install demo test test-slow test-browser test-cpp test-threads fuzz sanitize bench bench-results bench-counters lint
-.PHONY: format docs release-check clean
+.PHONY: install demo test test-slow test-browser test-cpp test-threads fuzz sanitize bench bench-results bench-counters
+.PHONY: experiment-flops experiments-tables lint format docs release-check clean
 
 install: $(VENV)/installed
 
@@ -87,6 +87,14 @@ bench: install
 
 bench-results: bench
 	$(PYTHON) benchmarks/write_results.py build/bench.json
+
+# What the published runs cost: a few minutes. Each experiment keeps its raw results in benchmarks/experiments/results.
+experiment-flops: install
+	PYTHONPATH=benchmarks $(PYTHON) -m experiments.paper_flops
+	$(MAKE) experiments-tables
+
+experiments-tables: install
+	$(PYTHON) benchmarks/write_results.py
 
 # Installs other counters in an environment of their own, and writes docs/counters.md: some ten minutes.
 bench-counters: export OMP_NUM_THREADS := 1

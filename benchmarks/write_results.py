@@ -1,4 +1,6 @@
-"""Writes benchmarks/RESULTS.md from what pytest-benchmark measured: ``make bench-results``."""
+"""Writes benchmarks/RESULTS.md: ``make bench-results`` from what pytest-benchmark measured, ``make experiments-tables``
+from the raw results of ``experiments/``. Each leaves the other's part as it is.
+"""
 
 import json
 import sys
@@ -9,6 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from experiments.tables import HEAD, sections
+from markdown_table import table
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "ortools")
 #: Steps of the epoch that bench_training.py is about, and the points by which time may exceed FLOPs.
 STEPS, POINTS, POINTS_OF_REUSE = 500, 3.0, 5.0
@@ -99,11 +105,6 @@ def grouped(results: Iterable[Result], key: Callable[[Result], Any]) -> list[tup
     for result in results:
         groups.setdefault(key(result), []).append(result)
     return list(groups.items())
-
-
-def table(head: str, rows: Iterable[Iterable[str]]) -> str:
-    lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1), *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) + "\n"
 
 
 # --- everything but the solver's instances --------------------------------------------------------------------------
@@ -272,8 +273,8 @@ def memory(results: list[Result]) -> str:
     )
 
 
-def main(measured: Path) -> None:
-    """Of the tables whose tests were run."""
+def benchmarks(measured: Path) -> str:
+    """The tables whose tests were run."""
     data = json.loads(measured.read_text(encoding="utf-8"))
     machine = data["machine_info"]
     tables = dict(grouped(data["benchmarks"], lambda result: result["extra_info"].get("table")))
@@ -300,8 +301,14 @@ def main(measured: Path) -> None:
         text += ADDED.format(steps=STEPS) + added(tables["added"], half["extra_info"]["seconds"])
     if "memory" in tables:
         text += MEMORY + memory(tables["memory"])
-    Path(__file__).with_name("RESULTS.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(measured: Path | None) -> None:
+    """Without a file of measurements, the experiments' part alone is written anew."""
+    own = benchmarks(measured) if measured else RESULTS.read_text(encoding="utf-8").partition(HEAD)[0]
+    RESULTS.write_text(own + sections(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if sys.argv[1:] else None)
