@@ -3,14 +3,14 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 # Tests and benchmarks: two busy threads on two shared cores can be slower than one.
-test test-slow test-browser sanitize bench docs experiment-flops: export OMP_NUM_THREADS ?= 1
+test test-slow test-browser sanitize bench docs experiment-flops experiment-quality: export OMP_NUM_THREADS ?= 1
 
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 CPP_STYLED := $(CPP) benchmarks/table_pass.cpp
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
 
 .PHONY: install demo test test-slow test-browser test-cpp test-threads fuzz sanitize bench bench-results bench-counters
-.PHONY: experiment-flops experiments-tables lint format docs release-check clean
+.PHONY: experiment-flops experiment-quality experiments-tables lint format docs release-check clean
 
 install: $(VENV)/installed
 
@@ -92,6 +92,10 @@ bench-results: bench
 experiment-flops: install
 	PYTHONPATH=benchmarks $(PYTHON) -m experiments.paper_flops
 	$(MAKE) experiments-tables
+
+# Hours, or days, that may be ended and begun again: what is done is skipped.
+experiment-quality: install
+	PYTHONPATH=benchmarks $(PYTHON) -m experiments.quality
 
 experiments-tables: install
 	$(PYTHON) benchmarks/write_results.py

@@ -1,9 +1,9 @@
 """Quality at equal total FLOPs: runs what is not done yet of the plan in cells.py, until it is ended.
 
-``OMP_NUM_THREADS=1 .venv/bin/python benchmarks/experiments/quality.py`` (Ctrl-C ends it; what is done is kept, a file a
-run, and is skipped the next time; several of them share the work). SmolLM2-135M on ACLSum, batches of 4 by length
-without padding, the head at target positions alone, for every scheme alike; matrix products in bfloat16 by autocast,
-weights and optimizer in float32.
+``make experiment-quality``: Ctrl-C ends it; what is done is kept, a file a run in ``results/quality``, and is skipped
+the next time; several of them share the work. SmolLM2-135M on ACLSum, in batches of 4 by length without padding, with the
+head at target positions alone, for every scheme alike; matrix products in bfloat16 by autocast, weights and optimizer
+in float32.
 """
 
 import argparse
@@ -11,22 +11,20 @@ import copy
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from cells import EPOCHS, Cell, plan, result_of
 
+from experiments.cells import EPOCHS, Cell, plan, result_of
+from experiments.provenance import provenance
 from gtflops.errors import GtflopsError
 from gtflops.files import write_whole
 from gtflops.recipes.batches import EpochBatches, in_order
@@ -43,7 +41,6 @@ BATCH_SIZE = 4
 NUM_TEXTS = 150
 #: Blocks that are drawn anew, by LISA.
 LISA_EVERY = 10
-PACKAGES = ("gtflops", "torch", "transformers", "peft", "codecarbon", "rouge-score")
 
 
 def settings_of(cell: Cell, data: DataSet, flops: int, store: Path) -> FineTuneSettings:
@@ -198,17 +195,6 @@ def described(made: FineTuneResult) -> dict[str, Any]:
     }
 
 
-def origin() -> dict[str, Any]:
-    """Of results: by what they are made, from now on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "commit": commit.stdout.strip(),
-        "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-    }
-
-
 @contextmanager
 def claimed(cell: Cell) -> Iterator[bool]:
     """Whether no other process is at it."""
@@ -239,7 +225,10 @@ def main() -> None:
     pretrained, data = load_pretrained(SMOLLM2), load(given.data)
     flops_of_epoch = epoch_flops(in_bfloat16(copy.deepcopy(pretrained.model)), pretrained.tokenizer, data)
     print(f"{data.name}: a full epoch is {flops_of_epoch:,} FLOPs", flush=True)
-    left, made_by = math.inf if given.most is None else given.most, origin()
+    left, made_by = (
+        math.inf if given.most is None else given.most,
+        provenance(f"python -m experiments.quality --data {given.data}"),
+    )
     while left > 0:
         for cell in plan(given.data):
             if result_of(cell) is not None:
@@ -248,7 +237,7 @@ def main() -> None:
                 if not is_ours or result_of(cell) is not None:
                     continue
                 started = time.perf_counter()
-                result = run(cell, pretrained, data, flops_of_epoch) | made_by
+                result = run(cell, pretrained, data, flops_of_epoch) | {"made": made_by}
                 write_whole(cell.path, json.dumps(result, indent=1) + "\n")
                 print(f"{cell.name}: {time.perf_counter() - started:.0f} s", flush=True)
             break

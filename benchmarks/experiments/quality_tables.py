@@ -9,11 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import ABLATIONS, GRID, RESULTS, SCHEMES, TOTALS, TUNING_SEED, TUNING_TOTAL, Cell, rate_for, validation_loss
 from scipy.stats import bootstrap
 
+from experiments.cells import (
+    ABLATIONS,
+    GRID,
+    RESULTS,
+    SCHEMES,
+    TOTALS,
+    TUNING_SEED,
+    TUNING_TOTAL,
+    Cell,
+    rate_for,
+    validation_loss,
+)
+from experiments.provenance import described
 from gtflops.recipes.datasets import load
 from gtflops.recipes.metrics import rouge
+from markdown_table import table
 
 #: Test examples of a paper stand together: they are resampled together.
 ASPECTS = 3
@@ -126,11 +139,6 @@ def runs_of(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, float], Run
     return {key: Runs(*key, results) for key, results in found.items()}
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
-    return "".join(f"| {line} |\n" if "---" not in line else f"|{line}|\n" for line in lines)
-
-
 def rates(results: Sequence[Mapping[str, Any]]) -> str:
     """Validation loss by rate, the chosen one in bold."""
     by_cell = {Cell(**result["cell"]): result for result in results}
@@ -145,7 +153,7 @@ def rates(results: Sequence[Mapping[str, Any]]) -> str:
             text = "" if rate not in of_scheme else f"{validation_loss(of_scheme[rate]):.3f}"
             cells.append(f"**{text}**" if rate == chosen else text)
         rows.append([LABELS[scheme], *cells])
-    return table(["scheme", *(f"{rate:.0e}" for rate in GRID)], rows)
+    return table("scheme | " + " | ".join(f"{rate:.0e}" for rate in GRID), rows)
 
 
 def losses(runs: Mapping[tuple[str, float], Runs], schemes: Sequence[str]) -> str:
@@ -156,7 +164,7 @@ def losses(runs: Mapping[tuple[str, float], Runs], schemes: Sequence[str]) -> st
         if of_scheme:
             cells = [f"{of_scheme[t].loss}, n={len(of_scheme[t].results)}" if t in of_scheme else "" for t in TOTALS]
             rows.append([LABELS[scheme], *cells])
-    return table(["scheme", *(f"total {total:g}" for total in TOTALS)], rows)
+    return table("scheme | " + " | ".join(f"total {total:g}" for total in TOTALS), rows)
 
 
 def against_full(runs: Mapping[tuple[str, float], Runs]) -> str:
@@ -171,7 +179,7 @@ def against_full(runs: Mapping[tuple[str, float], Runs]) -> str:
         ]
         if any(cells):
             rows.append([LABELS[scheme], *cells])
-    return table(["scheme", *(f"total {total:g}" for total in TOTALS)], rows)
+    return table("scheme | " + " | ".join(f"total {total:g}" for total in TOTALS), rows)
 
 
 def details(runs: Mapping[tuple[str, float], Runs]) -> str:
@@ -198,8 +206,11 @@ def details(runs: Mapping[tuple[str, float], Runs]) -> str:
                     f"{np.mean([energy['co2_kg'] for energy in energies]) * 1000:.2f}",
                 ]
             )
-    head = "total, scheme, rate, steps, FLOPs spent, of them measuring, ROUGE-1, ROUGE-2, ROUGE-L, seeds apart, s, Wh, g CO2"
-    return table(head.split(", "), rows)
+    return table(
+        "total | scheme | rate | steps | of the total spent | measuring | ROUGE-1 | ROUGE-2 | ROUGE-L | seeds apart | "
+        "s | Wh | g CO2",
+        rows,
+    )
 
 
 def untrained(runs: Mapping[tuple[str, float], Runs]) -> str:
@@ -233,21 +244,22 @@ def figure(runs: Mapping[tuple[str, float], Runs], path: Path) -> None:
 
 
 def section(data: str = "aclsum") -> str:
-    """The text of RESULTS.md."""
+    """For RESULTS.md."""
     results = read(data)
+    if not results:
+        return ""
     runs = runs_of(results)
-    made_by = results[0]
-    full = next(result for result in results if "epoch_flops" in result)["epoch_flops"]
-    versions = ", ".join(f"{name} {number}" for name, number in made_by["versions"].items())
+    full = results[0]["epoch_flops"]
+    latest = max((result["made"] for result in results), key=lambda made: str(made["date"]))
     return (
         "## Quality at equal total FLOPs\n\n"
-        "`benchmarks/experiments/quality.py`: SmolLM2-135M on ACLSum, batches of 4 by length without padding, the head "
-        "at target positions alone, matrix products in bfloat16, AdamW, the rate falling to 0 where the total is spent. "
-        f"Totals are shares of three full epochs; one is {full:,} FLOPs. Intervals are of a bootstrap over the 100 test "
-        f"papers (95 %, {RESAMPLES:,} resamples) of the mean over n seeds; texts are greedy, for 50 papers. "
-        f"{made_by['machine']}; {versions}.\n\n"
+        f"{described(latest)} SmolLM2-135M on ACLSum: batches of 4 by length without padding, the head at target "
+        "positions alone, matrix products in bfloat16, AdamW, the rate falling to 0 where the total is spent. Totals "
+        f"are shares of three full epochs; one is {full:,} FLOPs. Intervals (95 %) are of a bootstrap over the 100 "
+        f"test papers, {RESAMPLES:,} resamples, of the mean over n seeds; texts are greedy, for 50 papers. "
+        f"{len(results)} runs are there.\n\n"
         f"Learning rates, by the validation loss of runs at total {TUNING_TOTAL:g} with a seed of their own:\n\n"
         f"{rates(results)}\n{untrained(runs)}\nTest loss of a target token:\n\n{losses(runs, (*SCHEMES, *ABLATIONS))}\n"
         f"Test loss above that of full fine-tuning for the same FLOPs:\n\n{against_full(runs)}\n"
-        f"What the runs took (time on a machine that did other things besides):\n\n{details(runs)}"
+        f"What the runs took, on a machine that did other things besides:\n\n{details(runs)}"
     )
