@@ -556,11 +556,21 @@ MovingBudget = Annotated[
         rich_help_panel="Budget",
     ),
 ]
+#: Where --until ends a run, and neither --steps nor --epochs does.
+MOST_EPOCHS = 100
 TotalOption = Annotated[
     str | None,
     typer.Option(
         help="What the whole run may spend, in place of --budget, or with --budget auto: '2 PFLOP', '3 h', or "
         "'1.5 kWh' (with --energy).",
+        rich_help_panel="Budget",
+    ),
+]
+UntilOption = Annotated[
+    str | None,
+    typer.Option(
+        help="FLOPs that end the run of any scheme, as '50 TFLOP', the rate falling to 0 there; --steps or --epochs "
+        f"are then the most that are made, {MOST_EPOCHS} epochs unless given.",
         rich_help_panel="Budget",
     ),
 ]
@@ -642,7 +652,7 @@ Accumulate = Annotated[int, typer.Option(help="Batches whose gradients make one 
 def train_command(
     model: Weights,
     scheme: Annotated[
-        str, typer.Option(help="full, top2, bitfit, lora, prefix, lisa or greentrainer.")
+        str, typer.Option(help="full, top2 (or top15, ...), bitfit, lora, prefix, lisa or greentrainer.")
     ] = "greentrainer",
     data: Data = "aclsum",
     data_path: DataPath = None,
@@ -816,6 +826,7 @@ def compare_command(
     total: TotalOption = None,
     grid: Grid = None,
     shares: Shares = SHARES,
+    until: UntilOption = None,
     steps: MaybeSteps = None,
     epochs: Epochs = None,
     every: EveryOption = "25",
@@ -840,11 +851,14 @@ def compare_command(
 ) -> None:
     """Several schemes from the same weights and seeds, in one table.
 
-    --budget, or what takes its place, is that of greentrainer without an @.
+    --budget, or what takes its place, is that of greentrainer without an @. With --until, all spend the same: a scheme
+    with cheaper steps makes more of them, and full fine-tuning fewer.
 
     Example: gtflops compare smollm2 --schemes full,lora,greentrainer --data aclsum --learning-rate-of lora=5e-4
 
     Example: gtflops compare smollm2 --schemes full,greentrainer --epochs 3 --budget 0.4,0.5,0.7 --every epoch
+
+    Example: gtflops compare smollm2 --schemes full,top15,lora,greentrainer --until '50 TFLOP' --every epoch --trim
     """
     from gtflops.recipes.compare import compare
     from gtflops.recipes.finetune import FineTuneSettings
@@ -859,8 +873,11 @@ def compare_command(
         )
     moving = _budget(budget, total, grid, shares, energy)
     examples = _data(data, data_path, columns, validation)
+    if until is not None and steps is None and epochs is None:
+        epochs = MOST_EPOCHS
     settings = FineTuneSettings(
         steps=_num_steps(steps, epochs, len(examples.train), batch_size),
+        until=None if until is None else _total_flops("--until", until),
         batch_size=batch_size,
         seq_len=seq_len or examples.seq_len,
         target_len=target_len or examples.target_len,
@@ -1069,7 +1086,7 @@ def advise_command(
 
     examples = _data(data, data_path, columns, validation)
     settings = AdviceSettings(
-        total_flops=None if total is None else _total_flops(total),
+        total_flops=None if total is None else _total_flops("--total", total),
         epochs=epochs,
         batch_size=batch_size,
         seq_len=seq_len or examples.seq_len,
@@ -1088,13 +1105,13 @@ def advise_command(
         _print_advice(advice)
 
 
-def _total_flops(total: str) -> float:
+def _total_flops(option: str, total: str) -> float:
     from gtflops.training import total_of
 
     flops = total_of(total).flops
     if flops is None:
         raise InputError(
-            f"--total is {total!r}, expected FLOPs, such as '2 PFLOP': hours and energy cannot be foreseen"
+            f"{option} is {total!r}, expected FLOPs, such as '2 PFLOP': hours and energy cannot be foreseen"
         )
     return flops
 
@@ -1292,7 +1309,8 @@ def _comparison_table(compared: "Comparison", unit: Unit) -> Table:
     energy = any(run.log.energy for run in runs.values())
     ended_early = any(run.log.stopped for run in runs.values())
     table = Table(
-        title=f"{compared.data}, {settings.steps} steps of {settings.batch_size} x {settings.seq_len} tokens{before}",
+        title=f"{compared.data}, {'' if settings.until is None else 'at most '}{settings.steps} steps of "
+        f"{settings.batch_size} x {settings.seq_len} tokens{before}",
         title_justify="left",
         caption=f"Share: planned {unit.symbol}s of the steps by those of full fine-tuning. Measuring: {unit.symbol}s "
         f"to measure importance, not in the share. Time: of the steps; selecting comes on top.{memory}",

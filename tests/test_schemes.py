@@ -97,6 +97,25 @@ def test_greentrainer_moves_what_it_selected(runs: Any) -> None:
     assert result.flops_share <= 0.7
 
 
+@pytest.mark.parametrize("name", ["full", "lora", "lisa", "greentrainer"])
+def test_until_ends_any_scheme_at_the_same_total(name: str) -> None:
+    """Cheaper steps are more steps, and the rate of the last is near 0."""
+    full = gtflops.profile(small("opt"), next(iter(in_order(EXAMPLES, word_tokenizer(), batch_size=2, seq_len=16))))
+    until = int(6.5 * full.full_flops)
+    result = finetune(
+        small("opt"), word_tokenizer(), DATA, replace(SETTINGS, scheme=name, until=until, steps=100, every=5)
+    )
+    log, last = result.log, result.log.steps[-1]
+    spent = log.planned_flops + log.measuring_flops
+    assert spent <= until < spent + 2 * full.full_flops
+    assert log.stopped is not None
+    assert f"Total(flops={until}) is spent" in log.stopped
+    assert (len(log.steps) == 6) == (name == "full")
+    if not log.measuring_flops:  # which lies between the step that sets a rate and the one that has it
+        before_last = spent - last.planned_flops
+        assert last.learning_rate == pytest.approx(SETTINGS.learning_rate * (1 - before_last / until), rel=1e-6)
+
+
 def test_lisa_moves_what_was_drawn(runs: Any) -> None:
     result, before, model = runs["lisa"]
     names = result.profile.names

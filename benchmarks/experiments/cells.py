@@ -87,7 +87,7 @@ def rate_for(data: str, scheme: str, read: Read = result_of) -> tuple[float | No
             if (result := read(cell(rate))) is None:
                 return None, cell(rate)
             losses[rate] = validation_loss(result)
-        best = GRID.index(min(losses, key=lambda rate: losses[rate]))
+        best = GRID.index(min(losses, key=lambda rate: (losses[rate], rate)))  # lower where all runs failed
         wanted = [rate for rate in GRID[max(0, best - 1) : best + 2] if rate not in losses]
     return GRID[best], None
 

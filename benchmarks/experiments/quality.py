@@ -1,9 +1,9 @@
 """Quality at equal total FLOPs: runs what is not done yet of the plan in cells.py, until it is ended.
 
 ``make experiment-quality``: Ctrl-C ends it; what is done is kept, a file a run in ``results/quality``, and is skipped
-the next time; several of them share the work. SmolLM2-135M on ACLSum, in batches of 4 by length without padding, with the
-head at target positions alone, for every scheme alike; matrix products in bfloat16 by autocast, weights and optimizer
-in float32.
+the next time; several of them share the work. SmolLM2-135M on ACLSum, in batches of 4 by length without padding, with
+the head at target positions alone, for every scheme alike; matrix products in bfloat16 by autocast, weights and
+optimizer in float32.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import transformers
 
 from experiments.cells import EPOCHS, Cell, plan, result_of
 from experiments.provenance import provenance
+from experiments.rules import RULES, ByRule
 from gtflops.errors import GtflopsError
 from gtflops.files import write_whole
 from gtflops.recipes.batches import EpochBatches, in_order
@@ -60,6 +61,8 @@ def settings_of(cell: Cell, data: DataSet, flops: int, store: Path) -> FineTuneS
         count_executed=True,
     )
     name, _, budget = cell.scheme.partition("@")
+    if name in RULES:
+        return replace(common, scheme="greentrainer", budget=ByRule(float(budget), RULES[name]))
     if name == "gt":
         return replace(common, scheme="greentrainer", budget=float(budget))
     if name == "auto":  # the three epochs that the total does not pay for in full
@@ -68,9 +71,8 @@ def settings_of(cell: Cell, data: DataSet, flops: int, store: Path) -> FineTuneS
             common, scheme="greentrainer", budget=total, until=None, steps=EPOCHS * steps_in_epoch, store=store
         )
     if name == "reuse":  # the same three epochs, or twice as many where the total pays for all of them
-        epochs = EPOCHS if cell.total < 1 else 2 * EPOCHS
-        share = cell.total * EPOCHS / epochs
-        return replace(common, scheme="greentrainer", budget=share, steps=epochs * steps_in_epoch, store=store)
+        steps = (EPOCHS if cell.total < 1 else 2 * EPOCHS) * steps_in_epoch
+        return replace(common, scheme="greentrainer", budget=Total(flops=flops), until=None, steps=steps, store=store)
     return replace(common, scheme=name, every=LISA_EVERY if name == "lisa" else "epoch")
 
 

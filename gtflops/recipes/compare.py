@@ -59,7 +59,7 @@ def compare(
     runs: dict[str, FineTuneResult] = {}
     failed: dict[str, str] = {}
     for label, one in runs_to_make.items():
-        on_progress(label, 0, one.steps)
+        on_progress(label, 0, one.steps if one.until is None else 100)
         try:
             runs[label] = finetune(
                 copy.deepcopy(pretrained.model),
@@ -68,7 +68,7 @@ def compare(
                 one,
                 profile=next((run.base for run in runs.values()), None),
                 energy=None if energy is None else energy(),
-                on_step=_reporting(on_progress, label, one.steps),
+                on_step=_reporting(on_progress, label, one),
             )
         except GtflopsError as error:
             failed[label] = str(error)
@@ -91,5 +91,17 @@ def _settings(label: str, settings: FineTuneSettings, learning_rates: Mapping[st
     return replace(settings, scheme=name, budget=share, learning_rate=rate)
 
 
-def _reporting(on_progress: Callable[[str, int, int], None], label: str, steps: int) -> Callable[[StepRecord], None]:
-    return lambda record: on_progress(label, record.step + 1, steps)
+def _reporting(
+    on_progress: Callable[[str, int, int], None], label: str, settings: FineTuneSettings
+) -> Callable[[StepRecord], None]:
+    """In steps, or in percent of the FLOPs that end the run."""
+    if settings.until is None:
+        return lambda record: on_progress(label, record.step + 1, settings.steps)
+    until, spent = settings.until, 0
+
+    def report(record: StepRecord) -> None:
+        nonlocal spent
+        spent += record.planned_flops
+        on_progress(label, int(100 * spent / until), 100)
+
+    return report

@@ -55,8 +55,8 @@ class FineTuneSettings:
     every: Every = 100
     """Optimizer steps between selections, or "epoch"."""
     until: float | None = None
-    """FLOPs to spend at most, measuring importance included; where they are spent, the rate is 0 and the run ends. For
-    any scheme, so that schemes are compared at the same total; ``steps`` are then the most that are made."""
+    """FLOPs that end the run of any scheme, measuring importance included, so that schemes are compared at one total:
+    the rate falls to 0 there. ``steps`` are then the most that are made."""
     granularity: Granularity = "tensor"
     """What the scheme greentrainer chooses as a whole; "layer" for compiled layers."""
     must_train: tuple[str, ...] = ()
@@ -226,7 +226,7 @@ def finetune(
     def decay(step: int) -> float:
         """To 0 at the last step, or where a total that may be spent before it will be."""
         spent = 0.0 if trainer is None else _spent(trainer)
-        return max(0.0, 1 - (max(step / settings.steps, spent) if settings.until is None else spent))
+        return max(0.0, 1 - max(step / settings.steps, spent))
 
     torch.manual_seed(settings.seed + processes.rank())  # for dropout, which each process draws by itself
     trained = chosen.prepare(model).train()
