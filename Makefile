@@ -3,14 +3,14 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 # Tests and benchmarks: two busy threads on two shared cores can be slower than one.
-test test-slow test-browser sanitize bench docs experiment-flops experiment-quality: export OMP_NUM_THREADS ?= 1
+test test-slow test-browser sanitize bench docs experiment-flops experiment-time experiment-quality: export OMP_NUM_THREADS ?= 1
 
 CPP := $(wildcard gtflops_cpp/*.cpp gtflops_cpp/*/*.cpp gtflops_cpp/*/*.hpp gtflops_cpp/*/*/*.hpp)
 CPP_STYLED := $(CPP) benchmarks/table_pass.cpp
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-demo.txt $(CPP)
 
 .PHONY: install demo test test-slow test-browser test-cpp test-threads fuzz sanitize bench bench-results bench-counters
-.PHONY: experiment-flops experiment-quality experiments-tables lint format docs release-check clean
+.PHONY: experiment-flops experiment-time experiment-quality experiments-tables lint format docs release-check clean
 
 install: $(VENV)/installed
 
@@ -82,7 +82,8 @@ fuzz: install
 
 bench: install
 	mkdir -p build
-	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
+	$(PYTHON) -m pytest benchmarks --ignore benchmarks/bench_training.py --benchmark-only \
+		--benchmark-columns=median,iqr,rounds \
 		--benchmark-json=build/bench.json --override-ini addopts=
 
 bench-results: bench
@@ -91,6 +92,12 @@ bench-results: bench
 # What the published runs cost: a few minutes. Each experiment keeps its raw results in benchmarks/experiments/results.
 experiment-flops: install
 	PYTHONPATH=benchmarks $(PYTHON) -m experiments.paper_flops
+	$(MAKE) experiments-tables
+
+# Step time, overhead and memory of training: some ten minutes of a machine that does nothing else.
+experiment-time: install
+	$(PYTHON) -m pytest benchmarks/bench_training.py --benchmark-only --benchmark-columns=median,rounds \
+		--benchmark-json=benchmarks/experiments/results/training.json --override-ini addopts=
 	$(MAKE) experiments-tables
 
 # Hours, or days, that may be ended and begun again: what is done is skipped.

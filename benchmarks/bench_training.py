@@ -31,7 +31,7 @@ from gtflops.training.pricing import Prices
 ROUNDS = 3
 BATCH_SIZE, SEQ_LEN, LONGEST = 4, 128, 192
 STEPS = 500
-BUDGETS = {"budget 0.4": 0.4, "budget 0.5": 0.5, "budget 0.7": 0.7}
+BUDGETS = {f"budget {share}": share for share in (0.36, 0.4, 0.5, 0.6, 0.7, 0.8)}
 
 Batch = dict[str, torch.Tensor]
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,11 @@ class Runs:
     @property
     def loss(self) -> Interval:
         """Mean loss of a target token on the test examples."""
-        return _interval(_ratio, self.losses[0], self.losses[1])
+        return _interval(_per_token, *self.losses)
 
     def above(self, other: "Runs") -> Interval:
         """By how much the loss is above another's, on the same papers."""
-        return _interval(lambda a, b, n: _ratio(a, n) - _ratio(b, n), self.losses[0], other.losses[0], self.losses[1])
+        return _interval(_per_token, self.losses[0] - other.losses[0], self.losses[1])
 
     @property
     def seeds_apart(self) -> float:
@@ -92,8 +92,8 @@ class Runs:
 
     def rouge(self, name: str) -> Interval:
         """In percent, the mean over seeds."""
-        each = [_by_paper(_scores(tuple(result["test"]["texts"]), name)) / ASPECTS for result in self.results]
-        return _interval(lambda scores: scores.mean(), np.mean(each, axis=0))
+        each = [_by_paper(_scores(tuple(result["test"]["texts"]))[name]) / ASPECTS for result in self.results]
+        return _interval(np.mean, np.mean(each, axis=0))
 
     def mean(self, field: str) -> float:
         return float(np.mean([result[field] for result in self.results]))
@@ -103,23 +103,26 @@ def _by_paper(values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, dtype=float).reshape(-1, ASPECTS).sum(axis=1)
 
 
-def _ratio(sums: np.ndarray, counts: np.ndarray) -> float:
-    return float(sums.sum() / counts.sum())
+def _per_token(losses: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
+    return losses.sum(axis=axis) / tokens.sum(axis=axis)
 
 
 def _interval(statistic: Any, *samples: np.ndarray) -> Interval:
-    found = bootstrap(
-        samples, statistic, n_resamples=RESAMPLES, paired=True, vectorized=False, method="percentile", rng=0
-    ).confidence_interval
-    return Interval(float(statistic(*samples)), float(found.low), float(found.high))
+    found = bootstrap(samples, statistic, n_resamples=RESAMPLES, paired=True, method="percentile", rng=0)
+    low, high = found.confidence_interval
+    return Interval(float(statistic(*samples)), float(low), float(high))
 
 
-_references: dict[str, tuple[str, ...]] = {}
+@cache
+def _references() -> tuple[str, ...]:
+    return tuple(example.target for example in load("aclsum").test)
 
 
-def _scores(texts: tuple[str, ...], name: str) -> list[float]:
-    references = _references.setdefault("aclsum", tuple(example.target for example in load("aclsum").test))
-    return [rouge([text], [reference])[name] for text, reference in zip(texts, references, strict=False)]
+@cache
+def _scores(texts: tuple[str, ...]) -> dict[str, list[float]]:
+    """ROUGE of each of the first test examples, by name."""
+    each = [rouge([text], [reference]) for text, reference in zip(texts, _references(), strict=False)]
+    return {name: [scores[name] for scores in each] for name in each[0]}
 
 
 def read(data: str, folder: Path = RESULTS) -> list[Mapping[str, Any]]:
