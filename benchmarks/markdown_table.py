@@ -25,3 +25,8 @@ def ratio(value: float) -> str:
 def time_of(result: Mapping[str, Any]) -> float:
     """Of what pytest-benchmark measured, in seconds."""
     return float(result["stats"]["median"])
+
+
+def marked(name: str, text: str) -> str:
+    """A part that docs/does-it-hold.md takes over by its name."""
+    return f"<!-- --8<-- [start:{name}] -->\n\n{text.strip()}\n\n<!-- --8<-- [end:{name}] -->\n\n"

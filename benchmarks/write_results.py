@@ -11,10 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from experiments.quality_tables import draw
 from experiments.tables import HEAD, sections
 from markdown_table import duration, ratio, table, time_of
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "quality.svg"
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "ortools")
 
 Result = dict[str, Any]
@@ -185,6 +187,7 @@ def main(measured: Path | None) -> None:
     """Without a file of measurements, the experiments' part alone is written anew."""
     own = benchmarks(measured) if measured else RESULTS.read_text(encoding="utf-8").partition(HEAD)[0]
     RESULTS.write_text(own + sections(), encoding="utf-8")
+    draw(FIGURE)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ def test_each_command_leaves_the_others_part(
     page = tmp_path / "RESULTS.md"
     page.write_text("# Benchmark results\n\nmeasured\n", encoding="utf-8")
     monkeypatch.setattr(write_results, "RESULTS", page)
+    monkeypatch.setattr(write_results, "FIGURE", tmp_path / "figures" / "quality.svg")
     write_results.main(None)
     first = page.read_text(encoding="utf-8")
     assert first.startswith("# Benchmark results\n\nmeasured\n\n# Experiments\n")

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.provenance import described
 from gtflops.units import FLOPS_PER_MAC
-from markdown_table import table
+from markdown_table import marked, table
 
 #: What ``paper_flops.py`` writes.
 RAW = Path(__file__).parent / "results" / "paper_flops.json"
@@ -116,7 +116,7 @@ def section() -> str:
         + described(raw["provenance"])
         + "\n"
         + introduction(runs, recipe)
-        + beside_published(runs)
+        + marked("published", beside_published(runs))
         + lora_account(runs, recipe)
         + TABLES.format(epochs=recipe["epochs"])
         + "".join(of_model(model, runs) for model in unique(row["model"] for row in rows))

@@ -26,7 +26,7 @@ from experiments.cells import (
 from experiments.provenance import described
 from gtflops.recipes.datasets import load
 from gtflops.recipes.metrics import rouge
-from markdown_table import table
+from markdown_table import marked, table
 
 #: Test examples of a paper stand together: they are resampled together.
 ASPECTS = 3
@@ -226,11 +226,11 @@ def untrained(runs: Mapping[tuple[str, float], Runs]) -> str:
 
 def figure(runs: Mapping[tuple[str, float], Runs], path: Path) -> None:
     """Test loss against total FLOPs, with intervals, as SVG."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams.update({"svg.hashsalt": "gtflops", "svg.fonttype": "none"})  # the same file for the same runs
     drawing = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasSVG(drawing)
     axes = drawing.subplots()
     for number, scheme in enumerate(SCHEMES):
         points = [(total, runs[scheme, total].loss) for total in TOTALS if (scheme, total) in runs]
@@ -246,6 +246,12 @@ def figure(runs: Mapping[tuple[str, float], Runs], path: Path) -> None:
     drawing.savefig(path, metadata={"Date": None})
 
 
+def draw(path: Path, data: str = "aclsum") -> None:
+    """The figure of all runs that are there."""
+    path.parent.mkdir(exist_ok=True)
+    figure(runs_of(read(data)), path)
+
+
 def section(data: str = "aclsum") -> str:
     """For RESULTS.md."""
     results = read(data)
@@ -254,15 +260,21 @@ def section(data: str = "aclsum") -> str:
     runs = runs_of(results)
     full = results[0]["epoch_flops"]
     latest = max((result["made"] for result in results), key=lambda made: str(made["date"]))
-    return (
-        "## Quality at equal total FLOPs\n\n"
+    setting = (
         f"{described(latest)} SmolLM2-135M on ACLSum: batches of 4 by length without padding, the head at target "
         "positions alone, matrix products in bfloat16, AdamW, the rate falling to 0 where the total is spent. Totals "
         f"are shares of three full epochs; one is {full:,} FLOPs. Intervals (95 %) are of a bootstrap over the 100 "
         f"test papers, {RESAMPLES:,} resamples, of the mean over n seeds; texts are greedy, for 50 papers. "
         f"{len(results)} runs are there.\n\n"
-        f"Learning rates, by the validation loss of runs at total {TUNING_TOTAL:g} with a seed of their own:\n\n"
-        f"{rates(results)}\n{untrained(runs)}\nTest loss of a target token:\n\n{losses(runs, (*SCHEMES, *ABLATIONS))}\n"
+    )
+    loss = (
+        f"{untrained(runs)}\nTest loss of a target token:\n\n{losses(runs, (*SCHEMES, *ABLATIONS))}\n"
         f"Test loss above that of full fine-tuning for the same FLOPs:\n\n{against_full(runs)}\n"
-        f"What the runs took, on a machine that did other things besides:\n\n{details(runs)}"
+    )
+    return (
+        "## Quality at equal total FLOPs\n\n"
+        + marked("quality", setting + loss)
+        + f"Learning rates, by the validation loss of runs at total {TUNING_TOTAL:g} with a seed of their own:\n\n"
+        + rates(results)
+        + f"\nWhat the runs took, on a machine that did other things besides:\n\n{details(runs)}"
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markdown_table import duration, table, time_of
+from markdown_table import duration, marked, table, time_of
 
 RAW = Path(__file__).with_name("results") / "training.json"
 #: Steps of the epoch that bench_training.py is about, and the points by which time may exceed FLOPs.
@@ -146,8 +146,7 @@ def section() -> str:
         f"{machine['python_version']}, "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
         + ".\n"
-        + STEP_TIME.format(points=POINTS, reused=POINTS_OF_REUSE)
-        + step_times(tables["step time"])
+        + marked("time", STEP_TIME.format(points=POINTS, reused=POINTS_OF_REUSE) + step_times(tables["step time"]))
         + ADDED.format(steps=STEPS)
         + added(tables["added"], half["extra_info"]["seconds"])
         + MEMORY
