@@ -16,14 +16,16 @@ import gtflops
 from gtflops.recipes.datasets import DataSet, Example
 from gtflops.recipes.models import Pretrained
 from small_models import build
-from small_tokenizer import word_tokenizer
+from small_tokenizer import WORDS, word_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 EXAMPLES = tuple(
     Example("what it costs " * (1 + index % 3), " TL;DR:", ["a model learns", "the cat sat"][index % 2])
     for index in range(16)
 )
-DATA = DataSet("words", EXAMPLES[::3] * 3, EXAMPLES[:5], EXAMPLES[5:12], 16, 4, "rouge")  # trained on few shapes
+#: All of one length, so that few shapes are trained on.
+TRAIN = tuple(Example(f"{word} it costs", " TL;DR:", "the cat sat") for word in WORDS.split()[:18])
+DATA = DataSet("words", TRAIN, EXAMPLES[:5], EXAMPLES[5:12], 16, 4, "rouge")
 
 
 @pytest.fixture(scope="module")
