@@ -202,12 +202,12 @@ def claimed(cell: Cell) -> Iterator[bool]:
     """Whether no other process is at it."""
     claim = cell.path.with_suffix(".running")
     claim.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError, ValueError):
-        if not Path(f"/proc/{int(claim.read_text())}").exists():
+    with suppress(FileNotFoundError):
+        if (at_work := claim.read_text()) != _process(at_work.partition(" ")[0]):
             claim.unlink()  # of one that was killed
     try:
         with claim.open("x") as file:
-            file.write(str(os.getpid()))
+            file.write(_process(str(os.getpid())))
     except FileExistsError:
         yield False
         return
@@ -215,6 +215,15 @@ def claimed(cell: Cell) -> Iterator[bool]:
         yield True
     finally:
         claim.unlink()
+
+
+def _process(number: str) -> str:
+    """A process by its number and when it began, as numbers come again; empty if it is gone."""
+    try:
+        after_its_name = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return f"{number} {after_its_name[19]}"
 
 
 def main() -> None:
