@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gtflops.capture.dispatch import ExecutedFlops
+    from gtflops.capture.uses import tie
     from gtflops.curve import Frontier, frontier
     from gtflops.errors import (
         BudgetSpentError,
@@ -56,6 +57,7 @@ _HOME = {
     "profile": "profiling",
     "register_flops": "operators",
     "select": "selection",
+    "tie": "capture.uses",
 }
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "profile",
     "register_flops",
     "select",
+    "tie",
 ]
 
 
