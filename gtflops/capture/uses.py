@@ -90,6 +90,12 @@ def _shared_places(model: torch.nn.Module) -> list[dict[str, _Place]]:
     return shared
 
 
+def has_strayed(model: torch.nn.Module) -> bool:
+    """Whether a use that is not trained is on another memory than its tensor by now: ``model.to()`` moves each."""
+    held = (place.tensor for place in _places(model).values())
+    return any(isinstance(use, FrozenUse) and use.data_ptr() != use.shared.data_ptr() for use in held)
+
+
 def check_uses(uses: Any) -> None:
     """InputError for what is neither ``None`` nor one of :data:`gtflops.profiling.Uses`."""
     if uses not in (None, "separate"):

@@ -18,7 +18,7 @@ import torch
 
 from gtflops.capture import ExecutedFlops, Loss, call_model, loss_of
 from gtflops.capture.batches import describe_batch
-from gtflops.capture.uses import check_uses, named_tensors, owners, tie, train_uses, uses_of_shared
+from gtflops.capture.uses import check_uses, has_strayed, named_tensors, owners, tie, train_uses, uses_of_shared
 from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError
 from gtflops.graph import Uses
 from gtflops.importance import ImportanceCheck, expected_drop, measure_importance
@@ -878,7 +878,7 @@ class GreenTrainer:
         return self.processes.sum("FLOPs", sum(flops))
 
     def _train_only(self, names: frozenset[str]) -> None:
-        if names == self._trained:
+        if names == self._trained and not (self._shared and has_strayed(self.model)):
             return
         self._require_no_gradients()
         for tensor in self.model.parameters():
