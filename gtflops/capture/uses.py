@@ -37,6 +37,10 @@ class FrozenUse(torch.nn.Parameter):
         copied: FrozenUse = memo[id(self)]
         return copied
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Of a model that is pickled, likewise."""
+        return FrozenUse.of, (self.shared,)
+
 
 class _Place(NamedTuple):
     """Where a tensor is held."""
@@ -97,7 +101,7 @@ def has_strayed(model: torch.nn.Module) -> bool:
 
 
 def check_uses(uses: Any) -> None:
-    """InputError for what is neither ``None`` nor one of :data:`gtflops.profiling.Uses`."""
+    """InputError for what is neither ``None`` nor one of :data:`gtflops.graph.Uses`."""
     if uses not in (None, "separate"):
         raise InputError(
             f"uses is {uses!r}, expected 'separate', each use of a shared tensor by itself, or None, all as one"
