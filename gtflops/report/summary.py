@@ -399,7 +399,9 @@ class Summary:
             "tensors": [{**_fields(row), "shape": list(row.shape)} for row in self.tensors],
             "compiled": None if self.compiled is None else self.compiled.to_json(),
             "budgets": None if self.budgets is None else self._budgets_json(self.budgets),
-            "selection": None if self.selection is None else _fields(self.selection),
+            "selection": None
+            if self.selection is None
+            else {**_fields(self.selection), "partial": list(self.selection.partial)},
             "training": None if self.training is None else self._training_json(self.training),
             "notes": list(self.notes),
             "unsupported": [{"name": op.name, "count": op.count, "where": list(op.where)} for op in self.unsupported],
