@@ -6,6 +6,7 @@ from gtflops.lazy_names import loading
 
 if TYPE_CHECKING:
     from gtflops.capture.dispatch import ExecutedFlops
+    from gtflops.capture.uses import tie
     from gtflops.curve import Frontier, frontier
     from gtflops.errors import (
         BudgetSpentError,
@@ -57,6 +58,7 @@ _HOME = {
     "profile": "profiling",
     "register_flops": "operators",
     "select": "selection",
+    "tie": "capture.uses",
 }
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "profile",
     "register_flops",
     "select",
+    "tie",
 ]
 
 

@@ -60,15 +60,17 @@ def blocks(graph: Graph, names: Sequence[str], prices: npt.NDArray[np.int64]) ->
     """
     nodes = graph.nodes
     written = _state_written(graph)
-    position = {name: k for k, name in enumerate(names) if graph.gradients[name] is not None}
+    moved_by = {name: 1 << k for k, name in enumerate(names) if graph.gradients[name] is not None}
+    for uses, _ in graph.uses:  # training one use moves what the others read
+        moved_by.update(dict.fromkeys(uses, sum(moved_by.get(name, 0) for name in uses)))
     never = 1 << len(names)
     depends_on = [0] * len(nodes)
     computed = [False] * len(nodes)  # from a matrix product of a block
     members: dict[str, list[int]] = {}
     path_of: dict[int, str] = {}
     for index, node in enumerate(nodes):
-        if node.phase is Phase.PARAMETER and node.name in position:
-            depends_on[index] = 1 << position[node.name]
+        if node.phase is Phase.PARAMETER:
+            depends_on[index] = moved_by.get(node.name, 0)
         if node.phase is not Phase.FORWARD:
             continue
         for source in node.inputs:

@@ -79,6 +79,12 @@ class GranularityOption(StrEnum):
     LAYER = "layer"
 
 
+class UsesChoice(StrEnum):
+    """Whether the uses of a shared tensor are told apart."""
+
+    SEPARATE = "separate"
+
+
 def _presets(incomplete: str) -> list[str]:
     """What a shell proposes for a model; it proposes files where this is nothing."""
     from importlib.resources import files  # of what gtflops.capture reads, which needs torch
@@ -109,6 +115,14 @@ DecoderLen = Annotated[
 ]
 AttentionOption = Annotated[
     Attention | None, typer.Option(help="Attention of a model built by name: eager unless given.")
+]
+UsesOption = Annotated[
+    UsesChoice | None,
+    typer.Option(
+        "--uses",
+        help="Each use of a tensor that several modules share, as a tied embedding, by itself: lm_head.weight beside "
+        "model.embed_tokens.weight.",
+    ),
 ]
 AllowUnsupported = Annotated[bool, typer.Option(help="Count operators without a price as free.")]
 UnitOption = Annotated[
@@ -180,6 +194,7 @@ def profile_command(
     seq_len: SeqLen = None,
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
+    uses: UsesOption = None,
     trainable: Annotated[
         list[str] | None,
         typer.Option(
@@ -212,7 +227,7 @@ def profile_command(
         _require_free(path, force)
     wishes = trainable or []
     adapters = _adapters(wishes, model)
-    costs = _profile(model, batch_size, seq_len, decoder_len, attention, compiled=compiled)
+    costs = _profile(model, batch_size, seq_len, decoder_len, attention, compiled=compiled, uses=uses)
     adapted: Profile = costs
     trained: Sequence[str] = costs.names
     if adapters is not None:
@@ -294,6 +309,7 @@ def select_command(
     seq_len: SeqLen = None,
     decoder_len: DecoderLen = None,
     attention: AttentionOption = None,
+    uses: UsesOption = None,
     allow_unsupported: AllowUnsupported = False,
     html: Html = None,
     force: Force = False,
@@ -311,7 +327,7 @@ def select_command(
     _require_writable(html, ".html")
     _require_free(html, force)
     limit, elements = _limit(budget), _elements(max_elements)
-    costs = _profile(model, batch_size, seq_len, decoder_len, attention)
+    costs = _profile(model, batch_size, seq_len, decoder_len, attention, uses=uses)
     _require_cost(costs, cost, model)
     with err.status("selecting"):
         selection = select(
@@ -668,6 +684,7 @@ def train_command(
     granularity: Granularity = GranularityOption.TENSOR,
     must_train: MustTrain = None,
     must_freeze: MustFreeze = None,
+    uses: UsesOption = None,
     accumulate: Accumulate = 1,
     batch_size: Sequences = 4,
     seq_len: Tokens = None,
@@ -734,6 +751,7 @@ def train_command(
         "--grid": grid,
         "--must-train": must_train,
         "--must-freeze": must_freeze,
+        "--uses": uses,
         "--granularity": granularity if granularity is not GranularityOption.TENSOR else None,
     }
     given = _given(conditions)
@@ -757,6 +775,7 @@ def train_command(
             granularity=granularity.value,
             must_train=tuple(must_train or ()),
             must_freeze=tuple(must_freeze or ()),
+            uses=None if uses is None else "separate",
             trim="auto" if trim else None,
             learning_rate=learning_rate,
             seed=seed,
@@ -1014,12 +1033,16 @@ def _say_stopped(run: "FineTuneResult", steps: int, who: str = "") -> None:
 
 
 def _say_reasons(run: "FineTuneResult", who: str = "") -> None:
-    """Why a budget that finds out by itself trained what it did, where that changed."""
-    before = None
+    """Why a budget that finds out by itself trained what it did, and what by a partial gradient, where that changed."""
+    from gtflops.report.summary import remarks
+
+    before: tuple[str, ...] = ()
     for record in run.log.selections:
-        if record.reason is not None and record.reason != before:
-            err.print(f"{who}step {record.step}: {record.reason}", highlight=False, markup=False, soft_wrap=True)
-        before = record.reason
+        said = remarks(record.reason, record.partial)
+        for remark in said:
+            if remark not in before:
+                err.print(f"{who}step {record.step}: {remark}", highlight=False, markup=False, soft_wrap=True)
+        before = said
 
 
 def _say_interrupted(stopped: "InterruptedRunError") -> None:
@@ -1442,6 +1465,7 @@ def _profile(
     attention: Attention | None,
     *,
     compiled: bool = False,
+    uses: UsesChoice | None = None,
 ) -> "Profile":
     """A saved profile, at other sizes if some are given, or a new one of a model by name."""
     from gtflops.profiling import Profile, profile
@@ -1449,10 +1473,16 @@ def _profile(
     if not _is_saved(model):
         graph: Literal["eager", "compiled"] = "compiled" if compiled else "eager"
         with err.status(f"tracing {model}"):
-            return profile(model, graph=graph, **_sizes(model, batch_size, seq_len, decoder_len, attention))
+            sizes = _sizes(model, batch_size, seq_len, decoder_len, attention)
+            return profile(model, graph=graph, uses=None if uses is None else "separate", **sizes)
     saved = Profile.load(model)
     if attention is not None:
         raise InputError(f"{model} is a saved profile, whose attention is what it was; leave --attention out")
+    if uses is not None and not saved.graph.uses:
+        raise InputError(
+            f"{model} holds no uses of shared tensors, expected a profile that was saved with --uses {uses.value}; "
+            "profile the model again by its name"
+        )
     if compiled and saved.compiled is None:
         raise InputError(
             f"{model} holds no compiled step, expected a profile that was saved with --compiled; profile the model "

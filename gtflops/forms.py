@@ -4,6 +4,7 @@ An *item* is what is chosen or not as a whole: a tensor, or the tensors of a lay
 whatever is chosen (``base``), can have items paid beforehand, and can merge items.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol, Self, TypeAlias
@@ -19,6 +20,36 @@ CostName: TypeAlias = Literal["flops", "time"]
 FormName: TypeAlias = Literal["graph", "chain"]
 
 Items: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sum:
+    """What it costs to add up the gradients of a tensor's uses: ``cost`` for each chosen one but the first.
+
+    ``parts`` are the uses that each item has: int64 [items].
+    """
+
+    parts: npt.NDArray[np.int64]
+    cost: int
+
+    def of(self, items: Items) -> int:
+        """What is paid where these items are chosen."""
+        return self.cost * max(0, int(self.parts[items].sum()) - 1)
+
+    def of_many(self, many: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """The same for each row of bool [selections, items]."""
+        more: npt.NDArray[np.int64] = np.maximum(many.astype(np.int64) @ self.parts - 1, 0)
+        return self.cost * more
+
+    def beside(self, item: int) -> npt.NDArray[np.int64]:
+        """What each item costs where ``item`` is chosen: int64 [items]."""
+        costs = self.cost * self.parts
+        costs[item] -= self.cost
+        return costs
+
+    def at_most(self) -> npt.NDArray[np.int64]:
+        """Costs of items of which no sum is below what is paid, and that of all is that."""
+        return self.beside(int(self.parts.argmax())) if self.parts.any() else self.parts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,8 +101,9 @@ class ChainForm:
     shared: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, base: int, segments: Segments) -> "ChainForm":
+    def of(cls, base: int, segments: Segments, sums: Sequence[Sum] = ()) -> "ChainForm":
         own, shared = segments.chain_costs()
+        own = own + sum(one.at_most() for one in sums)
         depth = np.array(
             [position + 1 if needs else 0 for position, needs in enumerate(segments.gradient_of)], dtype=np.intp
         )
@@ -113,7 +145,7 @@ class ChainForm:
 
 @dataclass(frozen=True, eq=False)
 class GraphForm(CopiedByFields):
-    """Items that need segments of the backward pass, each of which costs once: the exact cost.
+    """Items that need segments of the backward pass, each of which costs once, and ``sums``: the exact cost.
 
     ``chain`` is the same problem in the chain form, an upper bound of every cost in this one.
     """
@@ -123,11 +155,12 @@ class GraphForm(CopiedByFields):
     item_segments: tuple[tuple[int, ...], ...]
     costs: npt.NDArray[np.int64]
     chain: ChainForm
+    sums: tuple[Sum, ...] = ()
 
     @classmethod
-    def of(cls, base: int, segments: Segments) -> "GraphForm":
+    def of(cls, base: int, segments: Segments, sums: tuple[Sum, ...] = ()) -> "GraphForm":
         costs = segments.costs.sum(axis=0)
-        return cls(base, segments.dependencies, segments.gradient_of, costs, ChainForm.of(base, segments))
+        return cls(base, segments.dependencies, segments.gradient_of, costs, ChainForm.of(base, segments, sums), sums)
 
     @cached_property
     def _knapsack(self) -> GraphKnapsack:
@@ -138,16 +171,18 @@ class GraphForm(CopiedByFields):
         return _core.ClosureCosts(*csr(self.dependencies), *csr(self.item_segments), self.costs[np.newaxis])
 
     def total(self, items: Items) -> int:
-        return self.base + int(self._closure.cost(items)[0])
+        return self.base + int(self._closure.cost(items)[0]) + sum(one.of(items) for one in self.sums)
 
     def totals(self, many: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         """What steps cost, int64 [selections], for many selections at once: bool [selections, items]."""
-        return self.base + self._closure.costs(many)[:, 0]
+        return self.base + self._closure.costs(many)[:, 0] + sum(one.of_many(many) for one in self.sums)
 
     def alone(self) -> npt.NDArray[np.int64]:
         return self.totals(np.eye(len(self.item_segments), dtype=np.bool_))
 
     def solve(self, worth: npt.NDArray[np.float64], limit: int) -> KnapsackResult:
+        if self.sums:
+            return self._best_by_first(worth, limit)
         best = self._knapsack.solve(worth, limit - self.base)
         if best.optimal or limit < self.chain.base:
             return best
@@ -163,15 +198,59 @@ class GraphForm(CopiedByFields):
             optimal=chain.value >= best.upper_bound,
         )
 
+    def _best_by_first(self, worth: npt.NDArray[np.float64], limit: int) -> KnapsackResult:
+        """The best by the first use of a tensor that is chosen: then each other one costs the same, whichever are."""
+        found = [form.solve(np.where(left_out, 0.0, worth), limit) for left_out, form in self._by_first]
+        best = max(found, key=lambda one: one.value)
+        bound = max(one.upper_bound for one in found)
+        return replace(
+            best,
+            cost=self.total(best.mask) - self.base,
+            upper_bound=max(best.value, bound),
+            optimal=best.value >= bound,
+        )
+
+    @cached_property
+    def _by_first(self) -> list[tuple[Items, "GraphForm"]]:
+        """For each use of one of the tensors, the items of the uses before it, and the problem without these.
+
+        Where it is not chosen, but some after it are, a cost is too high by one addition: that selection has its own
+        cost in a later problem.
+        """
+        one, *others = self.sums
+        without = replace(self, sums=tuple(others))
+        by_first = []
+        for item in np.flatnonzero(one.parts).tolist():
+            left_out = (np.arange(len(one.parts)) < item) & (one.parts > 0)
+            # The chain form, an upper bound already, stays as it is.
+            form = replace(without.surcharged(1, one.beside(item)), base=self.base, chain=self.chain)
+            by_first.append((left_out, form))
+        return by_first
+
     def paid(self, items: Items) -> "GraphForm":
         costs = np.where(self._closure.reached(items), 0, self.costs)
-        return replace(self, base=self.total(items), costs=costs, chain=self.chain.paid(items))
+        left = replace(
+            self,
+            base=self.total(items),
+            costs=costs,
+            chain=self.chain.paid(items),
+            sums=tuple(one for one in self.sums if not one.parts[items].any()),
+        )
+        each = np.zeros(len(items), dtype=np.int64)
+        for one in self.sums:
+            if one.parts[items].any():
+                each += one.cost * np.where(items, 0, one.parts)
+        return replace(left.surcharged(1, each), base=left.base, chain=left.chain) if each.any() else left
 
     def merged(self, item_of: npt.NDArray[np.intp]) -> "GraphForm":
         rows: list[set[int]] = [set() for _ in range(item_of.max(initial=-1) + 1)]
         for item, segments in zip(item_of, self.item_segments, strict=True):
             rows[item].update(segments)
-        return replace(self, item_segments=tuple(tuple(sorted(row)) for row in rows), chain=self.chain.merged(item_of))
+        sums = [Sum(np.zeros(len(rows), dtype=np.int64), one.cost) for one in self.sums]
+        for one, merged in zip(self.sums, sums, strict=True):
+            np.add.at(merged.parts, item_of, one.parts)
+        item_segments = tuple(tuple(sorted(row)) for row in rows)
+        return replace(self, item_segments=item_segments, chain=self.chain.merged(item_of), sums=tuple(sums))
 
     def surcharged(self, weight: int, surcharge: npt.NDArray[np.int64]) -> "GraphForm":
         own = range(len(self.costs), len(self.costs) + len(surcharge))  # a segment for each item
@@ -181,6 +260,7 @@ class GraphForm(CopiedByFields):
             item_segments=tuple((*row, segment) for row, segment in zip(self.item_segments, own, strict=True)),
             costs=np.concatenate([weight * self.costs, surcharge]),
             chain=self.chain.surcharged(weight, surcharge),
+            sums=tuple(replace(one, cost=weight * one.cost) for one in self.sums),
         )
 
 

@@ -4,12 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from gtflops.operators import Argument, Call, TensorType
 
 if TYPE_CHECKING:
     import networkx
+
+
+#: ``"separate"``: each use of a tensor that several modules share, as a tied embedding, is a tensor of its own.
+Uses: TypeAlias = Literal["separate"]
 
 
 class Phase(StrEnum):
@@ -55,7 +59,9 @@ class Graph:
     where the loss does not depend on it. ``always`` are the nodes that hold gradients which a step computes whatever is
     trained: of tensors that are no parameters. Every node's inputs stand before it. Views share a storage;
     ``storage_bytes`` are the sizes of all. ``kept`` are pieces of memory, by index, that autograd keeps although no
-    operator reads them (of some tensors only the shape is used), with the nodes that they are kept for.
+    operator reads them (of some tensors only the shape is used), with the nodes that they are kept for. ``uses`` are,
+    where each use of a tensor that several modules share is one of ``gradients``, for each such tensor the names of its
+    uses, and the nodes that add up their gradients: of ``n`` trained uses, the first ``n - 1`` nodes run.
     """
 
     model: str
@@ -65,6 +71,7 @@ class Graph:
     always: tuple[int, ...]
     storage_bytes: tuple[int, ...]
     kept: tuple[tuple[int, tuple[int, ...]], ...]
+    uses: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = ()
 
     def __repr__(self) -> str:
         return f"Graph({self.model}: {len(self.nodes)} nodes, {len(self.gradients)} tensors)"
@@ -126,6 +133,7 @@ class Graph:
             "always": list(self.always),
             "storage_bytes": list(self.storage_bytes),
             "kept": [[storage, list(positions)] for storage, positions in self.kept],
+            "uses": [[list(names), list(sums)] for names, sums in self.uses],
         }
 
     @classmethod
@@ -159,7 +167,12 @@ class Graph:
         for storage, positions in kept:
             if not 0 <= storage < len(storage_bytes) or any(not 0 <= index < len(nodes) for index in positions):
                 raise ValueError(f"storage {storage!r} is kept for {positions!r}, which are not all there")
-        return cls(str(data["model"]), tuple(nodes), gradients, loss, always, storage_bytes, kept)
+        uses = tuple((tuple(names), tuple(sums)) for names, sums in data.get("uses", ()))
+        for names, sums in uses:
+            reached = [name for name in names if gradients[name] is not None]
+            if len(sums) != max(0, len(reached) - 1) or any(not 0 <= index < len(nodes) for index in sums):
+                raise ValueError(f"the gradients of {reached!r} are added up by the nodes {sums!r}")
+        return cls(str(data["model"]), tuple(nodes), gradients, loss, always, storage_bytes, kept, uses)
 
 
 def _call_to_json(call: Call) -> list[Any]:

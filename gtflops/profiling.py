@@ -21,8 +21,8 @@ from gtflops.closure import AFTER_FORWARD, CopiedByFields, Segments, needed_by, 
 from gtflops.compiled import CompiledStep
 from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
 from gtflops.files import write_whole
-from gtflops.forms import CostName, GraphForm
-from gtflops.graph import GETITEM, Graph, Node, Phase
+from gtflops.forms import CostName, GraphForm, Sum
+from gtflops.graph import GETITEM, Graph, Node, Phase, Uses
 from gtflops.operators import Entry, registrations
 from gtflops.shapes import Family, Interpolated, Shapes, Sizes, Traced
 from gtflops.sources import Live, Named
@@ -205,8 +205,16 @@ class Profile(CopiedByFields):
         return tuple((nodes[name], self.graph.gradients[name] is not None) for name in self.names)
 
     @cached_property
+    def _with_gradient(self) -> frozenset[str]:
+        return frozenset(node.name for node, has_gradient in self._parameters if has_gradient)
+
+    @cached_property
     def t_dw(self) -> npt.NDArray[np.int64]:
-        """FLOPs of the backward operators that only a tensor's own gradient needs, aligned with ``tensors``."""
+        """FLOPs of the backward operators that only a tensor's own gradient needs, aligned with ``tensors``.
+
+        Of the uses of a shared tensor (``uses="separate"``), all but the one nearest to the loss have the addition of
+        their gradient to that of the others in it, so that a step costs no more than the sum of its parts.
+        """
         return self._chain_costs[0]
 
     @cached_property
@@ -216,7 +224,10 @@ class Profile(CopiedByFields):
 
     @cached_property
     def _chain_costs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        return self._segments.chain_costs()
+        own, shared = self._segments.chain_costs()
+        own = own + sum(one.at_most() for one in self._sums)
+        own.flags.writeable = False
+        return own, shared
 
     # --- costs --------------------------------------------------------------------------------------------------
 
@@ -248,6 +259,35 @@ class Profile(CopiedByFields):
         return Segments.of(self.graph, self.names, self.needed_by, self.prices)
 
     @cached_property
+    def _uses(self) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
+        return self.graph.uses
+
+    @cached_property
+    def _sums(self) -> tuple[Sum, ...]:
+        """FLOPs of adding up gradients. They are the same for every batch."""
+        return self._sums_at(self.prices[0] + self.prices[1])
+
+    def _sums_at(self, costs: npt.NDArray[np.int64]) -> tuple[Sum, ...]:
+        return tuple(
+            Sum(self.mask(self._with_gradient.intersection(names)).astype(np.int64), int(costs[nodes[0]]))
+            for names, nodes in self._uses
+            if nodes
+        )
+
+    def partial(self, trainable: Trainable) -> tuple[str, ...]:
+        """The trained uses of tensors that are not trained through all of their uses: in ``uses="separate"``.
+
+        What such a tensor is moved by is a part of the gradient of the loss.
+        """
+        mask = self.mask(trainable)
+        trained = {name for name, is_trained in zip(self.names, mask, strict=True) if is_trained}
+        part = set()
+        for names, _ in self._uses:
+            if not trained.issuperset(self._with_gradient.intersection(names)):
+                part.update(trained.intersection(names))
+        return tuple(name for name in self.names if name in part)
+
+    @cached_property
     def _closure(self) -> _core.ClosureCosts:
         return self._segments.closure_costs()
 
@@ -275,8 +315,9 @@ class Profile(CopiedByFields):
         self, cost: CostName, epochs_left: int | None, held: tuple[str, ...], among: tuple[str, ...] | None
     ) -> GraphForm:
         if cost == "flops":
-            segments, forward = self._segments, int(self._forward.sum())
+            segments, forward, sums = self._segments, int(self._forward.sum()), self._sums
         elif self.nanoseconds is not None:
+            sums = self._sums_at(self.nanoseconds)
             segments = Segments.of(self.graph, self.names, self.needed_by, self._times)
             forward = int(self.nanoseconds[self._in_forward].sum())
         else:
@@ -287,7 +328,7 @@ class Profile(CopiedByFields):
         prices = self.prices if cost == "flops" else self._times
         if epochs_left is None:
             stored = sum(int(prices[:, block.nodes].sum()) for block in self._blocks_named(held))
-            return GraphForm.of(base - stored, segments)
+            return GraphForm.of(base - stored, segments, sums)
         self._require_reusable()
         saved: list[tuple[int, int]] = []  # for each block, the tensors that need it in every epoch, and what it saves
         for block in self.blocks if among is None else self._blocks_named(among):
@@ -295,7 +336,9 @@ class Profile(CopiedByFields):
                 flops = int(prices[:, block.nodes].sum())
                 saved.append((block.depends_on, flops - -(-flops // epochs_left)))
         return GraphForm.of(
-            base - sum(flops for _, flops in saved), segments.with_forward([piece for piece in saved if piece[0]])
+            base - sum(flops for _, flops in saved),
+            segments.with_forward([piece for piece in saved if piece[0]]),
+            sums,
         )
 
     def _require_reusable(self) -> None:
@@ -385,6 +428,8 @@ class Profile(CopiedByFields):
         backward, recompute = (
             (matmul, matmul_again) if ops == "matmul" else (matmul + other, matmul_again + other_again)
         )
+        if ops == "all":
+            backward += sum(one.of(mask) for one in self._sums)
         if reuse is None:
             return StepFlops(forward, int(backward), int(recompute))
         if reuse != "prefix":
@@ -415,8 +460,15 @@ class Profile(CopiedByFields):
             raise InputError(f"trainables is {given}, expected a bool array of shape (selections, {width})")
         columns = self._closure.costs(trainables) + self._segments.always
         by_phase = columns.reshape(-1, 2, 2)[..., 0] if ops == "matmul" else columns.reshape(-1, 2, 2).sum(axis=2)
+        if ops == "all":
+            by_phase[:, 0] += sum(one.of_many(trainables) for one in self._sums)
         forward = int(self._forward[0] if ops == "matmul" else self._forward.sum())
         return np.column_stack([np.full(len(columns), forward, dtype=np.int64), by_phase])
+
+    def own_flops(self, trainable: Trainable) -> int:
+        """FLOPs of the operators of a step's backward pass that serve the gradient of one trained tensor alone."""
+        own, _ = self._segments.chain_costs()
+        return int(own[self.mask(trainable)].sum())
 
     @cached_property
     def alone_flops(self) -> npt.NDArray[np.int64]:
@@ -469,14 +521,27 @@ class Profile(CopiedByFields):
     def _totals(self, keys: Iterable[tuple[str, ...]], trainable: Trainable, ops: Ops) -> dict[str, StepFlops]:
         """FLOPs of what a selection executes, summed for each of the keys that a node has."""
         prices = (self.prices[0] if _checked(ops) == "matmul" else self.prices.sum(axis=0)).tolist()
-        selected = self._bits(self.mask(trainable)) | 1 << len(self.names)
+        mask = self.mask(trainable)
+        selected = self._bits(mask) | 1 << len(self.names)
+        adding = self._adding(mask)
         totals: dict[str, list[int]] = {}
-        for node, own_keys, flops, needed in zip(self.graph.nodes, keys, prices, self.needed_by, strict=True):
-            if node.phase is Phase.FORWARD or (node.phase in AFTER_FORWARD and needed & selected):
+        for index, (node, own_keys, flops, needed) in enumerate(
+            zip(self.graph.nodes, keys, prices, self.needed_by, strict=True)
+        ):
+            runs = node.phase in AFTER_FORWARD and needed & selected
+            if node.phase is Phase.FORWARD or runs or index in adding:
                 for key in own_keys:
                     totals.setdefault(key, [0, 0, 0])[STEP.index(node.phase)] += flops
         steps = {key: StepFlops(*flops) for key, flops in totals.items()}
         return dict(sorted(steps.items(), key=lambda item: -item[1].total))
+
+    def _adding(self, mask: npt.NDArray[np.bool_]) -> set[int]:
+        """The nodes that add up the gradients of trained uses of a tensor."""
+        with_nodes = [nodes for _, nodes in self._uses if nodes]
+        numbers = [int(one.parts[mask].sum()) for one in self._sums]
+        return {
+            index for nodes, number in zip(with_nodes, numbers, strict=True) for index in nodes[: max(0, number - 1)]
+        }
 
     def require_prices(self) -> None:
         """UnsupportedOperatorError, which names them, where operators of the step have no price."""
@@ -492,7 +557,7 @@ class Profile(CopiedByFields):
 
     def require_fit(self, model: HasParameters) -> None:
         """InputError unless ``model`` has the tensors of the profile in their shapes, and no others to train."""
-        parameters = dict(model.named_parameters())
+        parameters = self._tensors_of(model)
         others = [name for name in parameters.keys() - set(self.names) if parameters[name].is_floating_point()]
         if others:
             raise InputError(
@@ -522,7 +587,7 @@ class Profile(CopiedByFields):
                 raise InputError(f"trainable is {trainable!r}, expected 'all', 'none', names, a bool array or a model")
             return np.full(len(self.names), trainable == "all")
         if isinstance(trainable, HasParameters):
-            trainable = [name for name, tensor in trainable.named_parameters() if tensor.requires_grad]
+            trainable = [name for name, tensor in self._tensors_of(trainable).items() if tensor.requires_grad]
         if not isinstance(trainable, Iterable):
             raise InputError(f"trainable is {trainable!r}, expected 'all', 'none', names, a bool array or a model")
         mask = np.zeros(len(self.names), dtype=np.bool_)
@@ -535,6 +600,14 @@ class Profile(CopiedByFields):
                 )
             mask[position] = True
         return mask
+
+    def _tensors_of(self, model: Any) -> dict[str, Any]:
+        """What a model has, under the names that the profile gives it."""
+        if not self._uses:
+            return dict(model.named_parameters())
+        from gtflops.capture.uses import named_tensors
+
+        return dict(named_tensors(model, "separate"))
 
     @staticmethod
     def _bits(mask: npt.NDArray[np.bool_]) -> int:
@@ -749,6 +822,10 @@ class Profile(CopiedByFields):
         return profile_html(self)
 
 
+#: Of what a profile has cached, what does not depend on the sizes of the batch.
+_OF_ALL_SIZES = ("names", "needed_by", "_parameters", "_in_forward", "_position", "_uses", "_sums")
+
+
 class _Unbuilt(Profile):
     """A profile of which the costs are known: its graph, and the price of each node, are made when they are asked for.
 
@@ -780,7 +857,7 @@ class _Unbuilt(Profile):
             _tariff=tariff,
             _forward=costs.forward,
             _segments=costs.segments,
-            **{name: getattr(like, name) for name in ("names", "needed_by", "_parameters", "_in_forward", "_position")},
+            **{name: getattr(like, name) for name in _OF_ALL_SIZES},
         )
         return unbuilt
 
@@ -859,6 +936,7 @@ def profile(
     decoder_len: int | None = None,
     attention: Literal["eager", "sdpa"] = "eager",
     graph: Literal["eager", "compiled"] = "eager",
+    uses: Uses | None = None,
 ) -> Profile:
     """What one training step of a model costs, for every choice of trainable tensors, from one trace.
 
@@ -873,6 +951,10 @@ def profile(
     of the model that require gradients now (all of them by name), to be held beside the eager prediction for the
     same tensors, ``profile.step_flops(profile.compiled.trainable)``.
 
+    ``uses="separate"`` has a tensor for each use of one that several modules share: ``lm_head.weight`` beside
+    ``model.embed_tokens.weight``, each with its own costs, so that it can be trained through its head alone. Adding up
+    the gradients of several is counted.
+
     Raises InputError for arguments that do not fit, UnsupportedModelError where the model cannot be captured.
 
     >>> import gtflops
@@ -886,11 +968,15 @@ def profile(
     import torch
 
     from gtflops.capture import architecture
+    from gtflops.capture.uses import check_uses
 
+    check_uses(uses)
     if graph not in ("eager", "compiled"):
         raise InputError(f"graph is {graph!r}, expected 'eager' or 'compiled'")
     if attention not in ("eager", "sdpa"):
         raise InputError(f"attention is {attention!r}, expected 'eager' or 'sdpa'")
+    if uses is not None and graph == "compiled":
+        raise InputError("graph='compiled' has shared tensors as a whole; expected it without uses='separate'")
     if loss is not None and not callable(loss):
         raise InputError(f"loss is {loss!r}, expected a function of (model outputs, batch) that gives a scalar tensor")
     source: Live | Named
@@ -901,14 +987,14 @@ def profile(
             raise InputError(
                 "attention is chosen for models by name; a model has its own: model.set_attn_implementation"
             )
-        source = Live(model, batch, loss)
+        source = Live(model, batch, loss, uses)
         traced = source.profiled()
     elif isinstance(model, (str, os.PathLike)):
         if batch is not None or batch_size is None:
             raise InputError("a model is profiled by name on sizes: expected profile(name, batch_size=4, seq_len=512)")
         name = os.fspath(model)
         built = architecture(name, batch_size=batch_size, seq_len=seq_len, decoder_len=decoder_len, attention=attention)
-        source = Named(name, attention, loss, built.sizes)
+        source = Named(name, attention, loss, built.sizes, uses)
         traced = source.traced(built)
         model, batch = built.model, built.batch
     else:

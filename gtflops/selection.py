@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,9 @@ from gtflops.forms import CostName, FormName, Solution
 from gtflops.problem import Granularity, Patterns, Problem, limit_of
 from gtflops.profiling import HasParameters, Profile, Reuse
 from gtflops.units import format_flops
+
+if TYPE_CHECKING:
+    import torch
 
 Model = TypeVar("Model", bound=HasParameters)
 
@@ -56,6 +59,11 @@ class Selection:
         return tuple(name for name, selected in zip(self.profile.names, self.mask, strict=True) if selected)
 
     @property
+    def partial(self) -> tuple[str, ...]:
+        """Those of ``names`` that are trained by a part of their gradient: :meth:`gtflops.Profile.partial`."""
+        return self.profile.partial(self.mask)
+
+    @property
     def seconds(self) -> float | None:
         """What a step takes by the measured times of its operators; ``None`` for a profile without."""
         if self.profile.nanoseconds is None:
@@ -76,10 +84,16 @@ class Selection:
     def apply(self, model: Model) -> Model:
         """Let exactly the selected tensors of ``model`` require gradients, and return the model.
 
-        Gradients that frozen tensors still hold are dropped: an optimizer would move them by what is left there.
-        InputError, before anything is changed, for a model that was not the one profiled.
+        Gradients that frozen tensors still hold are dropped: an optimizer would move them by what is left there. With
+        ``uses="separate"``, modules through which a shared tensor is not trained hold another one on its memory, until
+        :func:`gtflops.tie`. InputError, before anything is changed, for a model that was not the one profiled.
         """
         self.profile.require_fit(model)
+        if self.profile.graph.uses:
+            from gtflops.capture.uses import train_uses  # needs torch, which such a model has loaded
+
+            train_uses(cast("torch.nn.Module", model), frozenset(self.names))
+            return model
         parameters = dict(model.named_parameters())
         for name, selected in zip(self.profile.names, self.mask, strict=True):
             parameters[name].requires_grad_(bool(selected))
@@ -91,6 +105,7 @@ class Selection:
         """Plain data."""
         return {
             "names": list(self.names),
+            "partial": list(self.partial),
             "budget_flops": self.budget_flops,
             "budget_seconds": self.budget_seconds,
             "flops": self.flops,

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from gtflops.errors import InputError
+from gtflops.graph import Uses
 from gtflops.shapes import Sizes, Traced
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from gtflops.capture.resizing import Layout
 
 
+_USES: tuple[Uses | None, ...] = (None, "separate")
+
+
 @dataclass(frozen=True)
 class Named:
     """An architecture by its name, built anew for each trace."""
@@ -25,6 +29,7 @@ class Named:
     attention: Literal["eager", "sdpa"]
     loss: "Loss | None"
     sizes: Sizes
+    uses: Uses | None = None
 
     def trace(self, sizes: Sizes) -> Traced:
         # torch is loaded when something is traced: a profile that was read from a file needs none until then.
@@ -44,7 +49,7 @@ class Named:
         """The step of what was built for it."""
         from gtflops.capture import trace
 
-        captured = trace(built.model, built.batch, self.loss)
+        captured = trace(built.model, built.batch, self.loss, self.uses)
         return Traced(captured.to_graph(), (*built.notes, *captured.notes))
 
     def to_json(self, sizes: Sizes) -> dict[str, Any]:
@@ -53,18 +58,20 @@ class Named:
             "name": self.name,
             "attention": self.attention,
             "sizes": [sizes.batch_size, sizes.seq_len, sizes.decoder_len],
+            "uses": self.uses,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Named":
         """The inverse of :meth:`to_json`. ValueError on data that it did not write."""
         sizes = Sizes(*data["sizes"])
-        if not isinstance(data["name"], str) or data["attention"] not in ("eager", "sdpa"):
+        uses = data.get("uses")
+        if not isinstance(data["name"], str) or data["attention"] not in ("eager", "sdpa") or uses not in _USES:
             raise ValueError(f"{data!r} names no architecture")
         given = [size for size in data["sizes"] if size is not None]
         if sizes.batch_size is None or any(type(size) is not int or size < 1 for size in given):
             raise ValueError(f"{data['sizes']!r} are no sizes")
-        return cls(data["name"], data["attention"], None, sizes)
+        return cls(data["name"], data["attention"], None, sizes, uses)
 
 
 class Live:
@@ -74,11 +81,12 @@ class Live:
     hold padding, cannot be made up. Modules are traced in the mode, training or evaluation, in which they were.
     """
 
-    def __init__(self, model: "torch.nn.Module", batch: Any, loss: "Loss | None") -> None:
+    def __init__(self, model: "torch.nn.Module", batch: Any, loss: "Loss | None", uses: Uses | None = None) -> None:
         self._model = weakref.ref(model)
         self._type = type(model).__name__
         self._batch = batch
         self._loss = loss
+        self._uses = uses
         self._has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._modes = [module.training for module in model.modules()]
 
@@ -105,7 +113,7 @@ class Live:
 
         model = self._alive()
         with modes(model, self._modes):
-            captured = trace(unsharded(model), batch, self._loss)
+            captured = trace(unsharded(model), batch, self._loss, self._uses)
         notes: tuple[str, ...] = ()
         if any(tensor.is_meta for tensor in model.parameters()):
             notes = ("parameters are on the meta device, where attention runs in its unfused form",)

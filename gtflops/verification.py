@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils import stateless
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtflops.capture import Loss, batch_types, call_model, loss_of, unchanged
 from gtflops.capture.batches import with_tensors_replaced
 from gtflops.capture.dispatch import OperatorMode, describe_call
+from gtflops.capture.uses import named_tensors, standing_in, uses_of_shared
 from gtflops.errors import InputError
+from gtflops.graph import Uses
 from gtflops.operators import TensorType, lookup, price_executed
 from gtflops.profiling import Profile, StepFlops
 
@@ -165,14 +166,14 @@ def _check(
 
     executed = _Counting()
     try:
-        with _training_only(model, names), executed:
+        with _training_only(model, names, profile), executed:
             step()
     except Exception as error:
         raise InputError(
             f"a real step of {type(model).__name__} failed: {type(error).__name__}: {error}; expected the model and "
             "the batch that were profiled"
         ) from error
-    by_pytorch = _counted_by_pytorch(model, names, step)
+    by_pytorch = _counted_by_pytorch(model, names, profile, step)
     predicted = _by_packet(profile.by_operator(names))
     predicted_matmul = _by_packet(profile.by_operator(names, ops="matmul"))
     return Check(
@@ -189,12 +190,12 @@ def _check(
 
 
 def _counted_by_pytorch(
-    model: torch.nn.Module, names: Collection[str], step: Callable[[], None]
+    model: torch.nn.Module, names: Collection[str], profile: Profile, step: Callable[[], None]
 ) -> Counter[str] | None:
     """FLOPs by operator of PyTorch's own counter, ``None`` where it fails: it tracks modules in ways of its own."""
     counter = FlopCounterMode(display=False)
     try:
-        with _training_only(model, names), counter:
+        with _training_only(model, names, profile), counter:
             step()
     except Exception:
         return None
@@ -245,17 +246,23 @@ class _Counting(OperatorMode):
 
 
 @contextmanager
-def _training_only(model: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Real steps inside see parameters that require gradients as said, and leave the model as it was."""
+def _training_only(model: torch.nn.Module, names: Collection[str], profile: Profile | None = None) -> Iterator[None]:
+    """Real steps inside see parameters that require gradients as said, and leave the model as it was. Names are those
+    of ``profile``, or else of the model."""
+    uses: Uses | None = "separate" if profile is not None and profile.graph.uses else None
     parameters = {
         name: torch.nn.Parameter(tensor.detach().clone(), requires_grad=name in names)  # some models write into them
-        for name, tensor in model.named_parameters()
+        for name, tensor in named_tensors(model, uses).items()
     }
+    for shared in uses_of_shared(model, uses):
+        trained = [name for name in shared if name in names]
+        for name in trained:
+            parameters[name] = parameters[trained[0]]
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(stateless._reparametrize_module(model, {**parameters, **buffers}, tie_weights=True))
+        stack.enter_context(standing_in(model, parameters, buffers, uses))
         yield
 
 

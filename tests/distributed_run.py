@@ -366,6 +366,34 @@ def reused(folder: Path) -> Result:
     }
 
 
+def tied() -> torch.nn.Module:
+    """The first and the last layer share their weight."""
+    made: Any = model()
+    made[-1].weight = made[0].weight
+    return made
+
+
+#: Uses to train by turns, two steps each: one of them, the other, both, with and without something beside.
+USES = (["8.weight"], ["0.weight", "8.bias"], ["0.weight", "8.weight", "2.weight"])
+
+
+def shared(folder: Path) -> Result:
+    """A tensor that is trained through some of its uses."""
+    options: dict[str, Any] = {"uses": "separate", "choose": lambda profile, step: USES[step // 2 % len(USES)]}
+    trainer = trainer_for(DistributedDataParallel(tied()), stream()[0], **options)
+    digests: list[str] = []
+    trainer.fit(stream(), on_step=lambda record: digests.append(digest(trainer.model)))
+    selecting = trainer_for(DistributedDataParallel(tied()), stream()[0], uses="separate", budget=0.6)
+    selecting.fit(stream())
+    return {
+        "digests": digests,
+        "weights": weights(trainer.model),
+        "log": logged(trainer),
+        "by_importance": [digest(selecting.model), logged(selecting)],
+        "tied": trainer.model.get_parameter("0.weight") is trainer.model.get_parameter("8.weight"),
+    }
+
+
 # --- checkpoints and FSDP2 ----------------------------------------------------------------------------------------
 
 
@@ -388,6 +416,13 @@ def resumed(folder: Path) -> Result:
         "whole": [digest(whole.model), logged(whole)],
         "resumed": [digest(second.model), logged(second)],
     }
+
+
+def shared_and_sharded(folder: Path) -> Result:
+    from torch.distributed.fsdp import fully_shard
+
+    made: Any = fully_shard(tied())
+    return {"error": failure(lambda: trainer_for(made, stream()[0], uses="separate"))}
 
 
 def sharded(mesh: Any = None) -> torch.nn.Module:

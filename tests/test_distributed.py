@@ -29,6 +29,8 @@ NAMES = (
     "interrupted_without_checkpoints",
     "resumed",
     "reused",
+    "shared",
+    "shared_and_sharded",
     "fsdp2",
     "accelerated",
     "in_the_trainer",
@@ -334,3 +336,22 @@ def test_ranks_reuse_a_frozen_prefix(folder: Path) -> None:
     assert all(record["held"] for record in by_importance["selections"])
     steps = by_importance["steps"]
     assert sum(step["planned_flops"] for step in steps) <= 0.5 * sum(step["full_flops"] for step in steps)
+
+
+def test_uses_of_a_shared_tensor_are_trained_by_two_ranks_as_by_one(
+    folder: Path, batches: tuple[list[torch.Tensor], list[torch.Tensor]]
+) -> None:
+    first, second = ranks(folder, "shared")
+    assert first == second
+    assert first["tied"]
+    assert len(set(first["digests"])) == scenarios.NUM_STEPS
+    alone = scenarios.trainer_for(
+        scenarios.tied(), batches[0][0], uses="separate", choose=lambda profile, step: scenarios.USES[step // 2]
+    )
+    alone.fit([batch for pair in zip(*batches, strict=True) for batch in pair], accumulate=2)
+    assert_close(first["weights"], alone.model)
+    partial = [record["partial"] for record in first["log"]["selections"]]
+    assert partial == [["8.weight"], ["0.weight"], []]
+    for error in (result["error"] for result in ranks(folder, "shared_and_sharded")):
+        assert error[0] == "UnsupportedModelError"
+        assert "fully_shard has spread over processes" in error[1]

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.nn.utils import stateless
 
 from gtflops.capture.batches import Loss, batch_tensors, call_model, describe_batch, loss_of, with_tensors_replaced
 from gtflops.capture.checkpoints import recorded_checkpoints
@@ -36,9 +36,10 @@ from gtflops.capture.recording import Origin, Record, Recorder
 from gtflops.capture.requires_grad import RequiresGradMode
 from gtflops.capture.saved_tensors import saved_tensors, unread
 from gtflops.capture.unchanged import unchanged
+from gtflops.capture.uses import named_tensors, standing_in, uses_of_shared
 from gtflops.capture.values import ValuesLostError
 from gtflops.errors import InputError, UnsupportedModelError
-from gtflops.graph import Graph, Node, Phase
+from gtflops.graph import Graph, Node, Phase, Uses
 from gtflops.operators import Call
 
 
@@ -57,6 +58,7 @@ class Trace:
     loss: int
     storage_bytes: tuple[int, ...]
     kept: tuple[tuple[int, tuple[int, ...]], ...]
+    uses: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
     notes: tuple[str, ...]
 
     def to_graph(self) -> Graph:
@@ -74,7 +76,9 @@ class Trace:
             )
             for record in self.records
         )
-        return Graph(self.model, nodes, self.gradients, self.loss, self.always, self.storage_bytes, self.kept)
+        return Graph(
+            self.model, nodes, self.gradients, self.loss, self.always, self.storage_bytes, self.kept, self.uses
+        )
 
     def to_fx(self) -> torch.fx.Graph:
         """The step as a torch.fx graph that can be run, a node for each record in the same order.
@@ -105,7 +109,7 @@ def _with_nodes(value: Any, nodes: Sequence[torch.fx.Node]) -> Any:
     return value
 
 
-def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace:
+def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None, uses: Uses | None = None) -> Trace:
     """Record one training step of ``model`` on ``batch`` with every floating-point parameter trainable.
 
     Parameters may be real, fake or meta tensors; the batch is anything that :func:`call_model` takes. Of a real batch,
@@ -126,17 +130,17 @@ def trace(model: torch.nn.Module, batch: Any, loss: Loss | None = None) -> Trace
         )
     with _ONE_AT_A_TIME:
         try:
-            return _trace(model, batch, loss, with_values=True)
+            return _trace(model, batch, loss, uses, with_values=True)
         except ValuesLostError:
-            return _trace(model, batch, loss, with_values=False)
+            return _trace(model, batch, loss, uses, with_values=False)
 
 
 #: A trace swaps the parameters of its model, and how saved tensors are packed in this process.
 _ONE_AT_A_TIME = threading.RLock()
 
 
-def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values: bool) -> Trace:
-    parameters = dict(model.named_parameters())
+def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, uses: Uses | None, *, with_values: bool) -> Trace:
+    parameters, shared = named_tensors(model, uses), uses_of_shared(model, uses)
     buffers = dict(model.named_buffers())
     fake_mode = detect_fake_mode(list(parameters.values())) or FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder()
@@ -167,7 +171,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             recorder.add_input(name, tensor, Phase.BATCH, Origin("", ""))
         stack.enter_context(fake_mode)
         stack.enter_context(_without_log(logging.getLogger("torch._subclasses.fake_tensor")))
-        stack.enter_context(stateless._reparametrize_module(model, {**own, **own_buffers}, tie_weights=True))
+        stack.enter_context(standing_in(model, own, own_buffers, uses))
         stack.enter_context(recorder.modules_of(model))
         stack.enter_context(recorded_checkpoints(recorder))
         requires_grad = stack.enter_context(RequiresGradMode({id(tensor) for tensor in own.values()}))
@@ -187,6 +191,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             wanted = [*trainable.values(), *others.values()]
             gradients = torch.autograd.grad(value, wanted, allow_unused=True)
             recorder.finish()
+            added_up = _added_up(shared, dict(zip(trainable, gradients, strict=False)), recorder)
             _refuse_inner_backward(own)
         except (InputError, UnsupportedModelError, ValuesLostError):
             raise
@@ -219,6 +224,7 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
             loss=recorder.record_of(value).position,
             storage_bytes=tuple(recorder.storage_bytes),
             kept=unread(saved, recorder),
+            uses=added_up,
             notes=notes_of(
                 model,
                 parameters,
@@ -226,9 +232,24 @@ def _trace(model: torch.nn.Module, batch: Any, loss: Loss | None, *, with_values
                 asking=asking_in_forward(autograd_nodes),
                 requires_grad=requires_grad,
                 recorder=recorder,
-                results=[position for position in positions if position is not None],
+                results=[
+                    *(position for position in positions if position is not None),
+                    *(position for _, sums in added_up for position in sums),
+                ],
             ),
         )
+
+
+def _added_up(
+    uses: Iterable[tuple[str, ...]], gradients: Mapping[str, torch.Tensor | None], recorder: Recorder
+) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
+    """The names of each shared tensor's uses, and the records that add up their gradients, as autograd would."""
+    found = []
+    for names in uses:
+        reached = [gradient for name in names if (gradient := gradients[name]) is not None]
+        sums = accumulate(sorted(reached, key=lambda gradient: gradient.is_sparse), torch.add)  # to a dense one
+        found.append((names, tuple(recorder.record_of(total).position for total in islice(sums, 1, None))))
+    return tuple(found)
 
 
 def _experts_hint(model: torch.nn.Module) -> str:

@@ -13,13 +13,18 @@ import torch
 
 from gtflops.capture import Loss, call_model, loss_of
 from gtflops.capture.unchanged import restore_contents, unchanged
+from gtflops.capture.uses import check_uses, owners, separated
 from gtflops.errors import InputError
+from gtflops.graph import Uses
 from gtflops.importance.learning_rates import coming_rates
 from gtflops.importance.updates import UpdateName, drop, is_by_tensor, local
 
 #: ``"one-pass"``: each gradient is turned into a number as soon as it is there. ``"two-pass"``: as published, a real
 #: step of the optimizer, undone.
 Method: TypeAlias = Literal["one-pass", "two-pass"]
+
+#: By name, a tensor of the model and the one that gets its gradient: another one where that is of a use alone.
+Sought: TypeAlias = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 #: What an optimizer has set for each tensor that it holds.
 Settings: TypeAlias = Mapping[torch.Tensor, Mapping[str, Any]]
@@ -34,6 +39,7 @@ def measure_importance(
     method: Method = "one-pass",
     update: UpdateName | None = None,
     scheduler: Any = None,
+    uses: Uses | None = None,
 ) -> dict[str, float]:
     """Importance of every floating-point tensor of ``model``, averaged over ``batches``.
 
@@ -55,6 +61,10 @@ def measure_importance(
             tensors. Without, ``"first"`` for one pass and ``"next"`` for two, as published.
         scheduler: where all learning rates are 0 (a warm-up), its next ones that are not are used; it stays where it
             is. Without it, the rates that the schedule started from.
+        uses: ``"separate"`` as of :func:`gtflops.profile`: a number for each use of a shared tensor, the share of its
+            gradient in what the tensor as a whole would bring: ``-sum(dw * g_use)``, where the update is that by the
+            sum of the gradients of all uses. They add up to the tensor's own importance, and may be negative. Takes as
+            much memory more as the uses of one such tensor.
 
     Weights, gradients, ``requires_grad``, buffers, the optimizer's state and the random states are afterwards as they
     were, to the bit, also when a batch fails. In a process group each process measures its own batches and shards, and
@@ -78,8 +88,9 @@ def measure_importance(
         update = "next" if method == "two-pass" else "first"
     elif update not in get_args(UpdateName):
         raise InputError(f"update is {update!r}, expected 'first' or 'next'")
+    check_uses(uses)
     optimizer = unwrapped(optimizer)
-    parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
+    parameters = {name: tensor for name, tensor in owners(model, uses).items() if tensor.is_floating_point()}
     _require_fit(model, optimizer)
     settings = settings_by_tensor(optimizer, coming_rates(optimizer, scheduler))
     held = {name: tensor for name, tensor in parameters.items() if tensor in settings}
@@ -90,15 +101,16 @@ def measure_importance(
             "step an optimizer; remove such hooks before, and add them again after"
         )
     measure = _in_one_pass if method == "one-pass" and is_by_tensor(optimizer) else _in_two_passes
-    with restored(model, held):
+    with restored(model, held), separated(model, uses) as leaves:
         for tensor in held.values():
             tensor.grad = None
             tensor.requires_grad_(True)
+        sought = {name: (tensor, leaves[name]) for name, tensor in held.items()}
         totals = dict.fromkeys(parameters, 0.0)
         count = 0
         for batch in batches:
             count += 1
-            for name, value in measure(model, held, batch, optimizer, settings, update, loss).items():
+            for name, value in measure(model, sought, batch, optimizer, settings, update, loss).items():
                 totals[name] += value
     if count == 0:
         raise InputError("batches is empty, expected at least one batch to measure importance on")
@@ -170,44 +182,54 @@ def backward(value: torch.Tensor) -> None:
 
 def _in_one_pass(
     model: torch.nn.Module,
-    parameters: Mapping[str, torch.Tensor],
+    sought: Sought,
     batch: Any,
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     update: UpdateName,
     loss: Loss | None,
 ) -> dict[str, float]:
-    """Each gradient is turned into a number and freed as soon as it is there."""
+    """Each gradient is turned into a number and freed as soon as it is there; those of several uses when all are."""
     measured: dict[str, torch.Tensor] = {}
+    parts: dict[str, torch.Tensor] = {}
 
-    def hook_for(name: str) -> Callable[[torch.Tensor], None]:
-        def hook(tensor: torch.Tensor) -> None:
-            gradient = tensor.grad
+    def hook_for(name: str, tensor: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def hook(leaf: torch.Tensor) -> None:
+            gradient = leaf.grad
             assert gradient is not None
-            if name in measured:
+            if name in measured or name in parts:
                 raise InputError(
                     f"the gradient of {name!r} arrives in parts (reentrant activation checkpointing), so it cannot be "
                     "freed as it comes; expected use_reentrant=False"
                 )
-            measured[name] = drop(optimizer, tensor, gradient, settings[tensor], update)
-            tensor.grad = None
+            if leaf is tensor:
+                measured[name] = drop(optimizer, tensor, gradient, settings[tensor], update)
+            else:
+                parts[name] = gradient
+            leaf.grad = None
 
         return hook
 
-    handles = [tensor.register_post_accumulate_grad_hook(hook_for(name)) for name, tensor in parameters.items()]
+    handles = [
+        leaf.register_post_accumulate_grad_hook(hook_for(name, tensor)) for name, (tensor, leaf) in sought.items()
+    ]
     try:
         backward(forward(model, batch, loss))
     finally:
         for handle in handles:
             handle.remove()
-        for tensor in parameters.values():
-            tensor.grad = None
+        for _, leaf in sought.values():
+            leaf.grad = None
+    totals = _totals(sought, parts)
+    for name, part in parts.items():
+        tensor, _ = sought[name]
+        measured[name] = drop(optimizer, tensor, totals[tensor], settings[tensor], update, along=part)
     return {name: value.item() for name, value in measured.items()}
 
 
 def _in_two_passes(
     model: torch.nn.Module,
-    parameters: Mapping[str, torch.Tensor],
+    sought: Sought,
     batch: Any,
     optimizer: torch.optim.Optimizer,
     settings: Settings,
@@ -217,10 +239,26 @@ def _in_two_passes(
     """All gradients first, then a real step of the optimizer."""
     try:
         backward(forward(model, batch, loss))
-        return drops_by_real_step(parameters, optimizer, settings, update)
+        parts = {
+            name: leaf.grad for name, (tensor, leaf) in sought.items() if leaf is not tensor and leaf.grad is not None
+        }
+        for tensor, total in _totals(sought, parts).items():
+            tensor.grad = total
+        return drops_by_real_step(
+            {name: tensor for name, (tensor, _) in sought.items()}, optimizer, settings, update, parts
+        )
     finally:
-        for tensor in parameters.values():
-            tensor.grad = None
+        for tensor, leaf in sought.values():
+            tensor.grad = leaf.grad = None
+
+
+def _totals(sought: Sought, parts: Mapping[str, torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
+    """The gradient of each tensor as a whole, from those of its uses in the order in which they came."""
+    totals: dict[torch.Tensor, torch.Tensor] = {}
+    for name, part in parts.items():
+        tensor, _ = sought[name]
+        totals[tensor] = totals[tensor] + part if tensor in totals else part
+    return totals
 
 
 def drops_by_real_step(
@@ -228,13 +266,17 @@ def drops_by_real_step(
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     update: UpdateName,
+    parts: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """``-sum(dw * g)`` of those tensors that have a gradient, by a step of the optimizer that is undone."""
+    """``-sum(dw * g)`` of those tensors that have a gradient, by a step of the optimizer that is undone. Of tensors
+    that are looked at by use, ``parts`` are the gradients of these: ``-sum(dw * part)``."""
+    parts = parts or {}
+    by_use = {tensors[name] for name in parts}
     with real_step(optimizer, settings, update) as before:
         return {
-            name: -torch.sum(_difference(tensor, before[tensor][0]) * _dense(before[tensor][1])).item()
+            name: -torch.sum(_difference(tensor, before[tensor][0]) * _dense(parts.get(name, before[tensor][1]))).item()
             for name, tensor in tensors.items()
-            if tensor in before
+            if name in parts or (tensor in before and tensor not in by_use)
         }
 
 

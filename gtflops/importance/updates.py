@@ -36,8 +36,11 @@ def drop(
     gradient: torch.Tensor,
     group: Mapping[str, Any],
     update: UpdateName,
+    along: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``-sum(dw * g)`` of one tensor, as a float64 scalar on its device. The optimizer is one :func:`is_by_tensor`.
+
+    With ``along``, ``-sum(dw * along)``: what that part of the gradient has of it.
 
     The update is worked out in float32 at least, also where the tensor is bfloat16 and could not take it. A tensor that
     is sharded (a DTensor) brings the share of this process.
@@ -47,25 +50,27 @@ def drop(
     state = {key: local(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
     tensor, gradient = local(tensor.detach()), local(gradient.detach())
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    along = gradient if along is None else along.detach()
+    along = along.to_dense() if along.is_sparse else along
     wide = torch.promote_types(tensor.dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
         if kind in _FORMULAS:
             # Once a tensor, since on a GPU it waits for the device.
             state = {key: _plain(value) for key, value in state.items()}
-            for part, slope, part_state in _chunks(tensor, gradient, state, wide):
+            for part, slope, part_along, part_state in _chunks(tensor, gradient, along, state, wide):
                 change = _FORMULAS[kind](part, slope, part_state, group)
-                total -= torch.sum(change.mul_(slope), dtype=torch.float64)
+                total -= torch.sum(change.mul_(part_along), dtype=torch.float64)
         elif kind in _ELEMENTWISE:
             # In float64, as the change is the difference of two tensors.
             alone = _of_its_own(kind, group)
-            for part, slope, part_state in _chunks(tensor, gradient, state, torch.float64):
-                total -= torch.sum(_by_a_step(alone, part, slope, part_state).mul_(slope))
+            for part, slope, part_along, part_state in _chunks(tensor, gradient, along, state, torch.float64):
+                total -= torch.sum(_by_a_step(alone, part, slope, part_state).mul_(part_along))
         else:
             alone = _of_its_own(kind, {**group, "eps": _explicit_eps(group["eps"], tensor.dtype)})
             slope = gradient.to(wide)
             change = _by_a_step(alone, tensor.to(wide), slope, state)
-            total -= torch.sum(change.mul_(slope), dtype=torch.float64)
+            total -= torch.sum(change.mul_(along.to(wide)), dtype=torch.float64)
     return total
 
 
@@ -85,20 +90,26 @@ def _explicit_eps(eps: Any, dtype: torch.dtype) -> Any:
 
 
 def _chunks(
-    tensor: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any], dtype: torch.dtype
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
-    """Tensor, gradient and state, piece by piece, in ``dtype``."""
+    tensor: torch.Tensor,
+    gradient: torch.Tensor,
+    along: torch.Tensor,
+    state: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """Tensor, gradient, what the change is held against, and state, piece by piece, in ``dtype``."""
     like_tensor = {
         key: value.reshape(-1)
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and value.dim() and value.shape == tensor.shape
     }
     others = {key: value for key, value in state.items() if key not in like_tensor}
-    flat, flat_gradient = tensor.reshape(-1), gradient.reshape(-1)
+    flat, flat_gradient, flat_along = tensor.reshape(-1), gradient.reshape(-1), along.reshape(-1)
     for start in range(0, tensor.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
         pieces = {key: value[part].to(dtype) for key, value in like_tensor.items()}
-        yield flat[part].to(dtype), flat_gradient[part].to(dtype), {**others, **pieces}
+        slope = flat_gradient[part].to(dtype)
+        part_along = slope if along is gradient else flat_along[part].to(dtype)
+        yield flat[part].to(dtype), slope, part_along, {**others, **pieces}
 
 
 def _of_its_own(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> torch.optim.Optimizer:

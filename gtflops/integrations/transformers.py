@@ -18,7 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from gtflops.capture.unchanged import attributes_unchanged
+from gtflops.capture.uses import check_uses, tie
 from gtflops.errors import BudgetSpentError, InputError
+from gtflops.graph import Uses
 from gtflops.importance import measure_importance
 from gtflops.problem import Granularity, Patterns
 from gtflops.profiling import Reuse
@@ -75,6 +77,7 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         reuse: ``"prefix"`` as of :class:`gtflops.GreenTrainer`: what the blocks below the trained tensors compute for
             an example is stored in the first epoch, and read in the others.
         store: with ``reuse``, a folder, or a :class:`gtflops.reuse.ActivationStore`.
+        uses: ``"separate"`` as of :class:`gtflops.GreenTrainer`: each use of a shared tensor is chosen by itself.
         allow_unsupported: as of :func:`gtflops.select`.
 
     Errors about the set-up are raised by ``trainer.train()``, before the first step.
@@ -93,11 +96,13 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         max_elements: int | None = None,
         reuse: Reuse | None = None,
         store: ActivationStore | str | Path | None = None,
+        uses: Uses | None = None,
         trim: Trimming = None,
         energy: EnergyMeter | None = None,
         allow_unsupported: bool = False,
     ) -> None:
         check_every(every)
+        check_uses(uses)
         self._energy = energy
         self._trim = trim
         self._settings: dict[str, Any] = {
@@ -111,6 +116,7 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
             "max_elements": max_elements,
             "reuse": reuse,
             "store": store,
+            "uses": uses,
             "allow_unsupported": allow_unsupported,
         }
         self._run: _Run | None = None
@@ -219,6 +225,7 @@ class _Run:
         self._undo = ExitStack()
         model = trainer.model
         self._undo.callback(_thaw, [tensor for tensor in model.parameters() if tensor.requires_grad])
+        self._undo.callback(tie, model)
         _disable_input_gradients(model, self._undo)
         if trim is not None:
             self._undo.callback(trim.remove)

@@ -10,7 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtflops.capture import ExecutedFlops
+from gtflops.capture.uses import check_uses
 from gtflops.errors import BudgetSpentError, InputError
+from gtflops.graph import Uses
 from gtflops.problem import Granularity
 from gtflops.profiling import Profile
 from gtflops.profiling import profile as profile_of
@@ -65,6 +67,8 @@ class FineTuneSettings:
     """Patterns of tensors that it never trains."""
     store: Path | None = None
     """A folder for what the blocks below the trained tensors compute, which later epochs read; None computes it."""
+    uses: Uses | None = None
+    """"separate" chooses each use of a shared tensor by itself, for the scheme greentrainer."""
     trim: Trimming = None
     """"auto" trains on batches of examples of about the same length, without their padding, with the head where there
     are labels alone: see :class:`gtflops.trimming.Trim`."""
@@ -85,6 +89,7 @@ class FineTuneSettings:
         scheme(self.scheme)
         budget_of(self.budget)
         check_every(self.every)
+        check_uses(self.uses)
         for name in ("steps", "batch_size", "seq_len", "target_len", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
@@ -230,7 +235,7 @@ def finetune(
 
     torch.manual_seed(settings.seed + processes.rank())  # for dropout, which each process draws by itself
     trained = chosen.prepare(model).train()
-    costs = base if trained is model else profile_of(trained, first)
+    costs = base if trained is model and settings.uses is None else profile_of(trained, first, uses=settings.uses)
     optimizer = torch.optim.AdamW(
         [tensor for tensor in trained.parameters() if tensor.requires_grad], lr=settings.learning_rate
     )
@@ -249,6 +254,7 @@ def finetune(
         must_freeze=settings.must_freeze,
         reuse=None if settings.store is None else "prefix",
         store=settings.store,
+        uses=settings.uses,
         trim=settings.trim,
         energy=energy if processes.rank() == 0 else None,
         choose=None if chosen.choose is None else chosen.choose(settings.seed),

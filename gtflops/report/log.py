@@ -68,6 +68,7 @@ def training_log(path: Path, profile: Profile) -> TrainingLog:
                     importance_captured=line.number("importance_captured"),
                     held=tuple(map(str, line.fields.get("held") or ())),
                     reason=line.text("reason"),
+                    partial=tuple(map(str, line.fields.get("partial") or ())),
                 )
             )
         elif line.record == END:

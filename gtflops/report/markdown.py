@@ -142,9 +142,9 @@ def _training(summary: Summary) -> Iterator[str]:
                 for event in training.selections
             ),
         )
-        reasons = [(event.step, event.reason) for event in training.selections if event.reason is not None]
-        yield from (f"* After step {step}: {escape(reason)}" for step, reason in reasons)
-        if reasons:
+        remarks = [(event.step, remark) for event in training.selections for remark in event.remarks]
+        yield from (f"* After step {step}: {escape(remark)}" for step, remark in remarks)
+        if remarks:
             yield ""
 
 

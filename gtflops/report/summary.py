@@ -170,6 +170,8 @@ class SelectionSummary:
     upper_bound: float
     optimal: bool
     importance_captured: float
+    partial: tuple[str, ...]
+    """Uses of tensors that are not trained through all of their uses."""
 
     def facts(self, unit: Unit = Unit.FLOPS) -> tuple[tuple[str, str], ...]:
         """Labels and values, as every renderer prints them."""
@@ -188,6 +190,7 @@ class SelectionSummary:
             *measured,
             ("Tensors trained", f"{self.tensors:,} of {self.all_tensors:,}"),
             ("Parameters trained", f"{self.numel:,} of {self.all_numel:,} ({self.numel / self.all_numel:.1%})"),
+            *((("By a partial gradient", ", ".join(map(visible, self.partial))),) if self.partial else ()),
             ("Deepest trained tensor", "none" if self.deepest is None else visible(self.deepest)),
             ("Importance selected", f"{self.value:.6g}"),
             ("Importance captured", f"{self.importance_captured:.2%} of all positive importance"),
@@ -233,6 +236,13 @@ class SelectionEvent:
     seconds: float
     reason: str | None
     """Why it was this one, where there was a choice besides the tensors."""
+    partial: tuple[str, ...]
+    """Uses of tensors that are not trained through all of their uses."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What there is to say of it in words."""
+        return remarks(self.reason, self.partial)
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,7 +399,9 @@ class Summary:
             "tensors": [{**_fields(row), "shape": list(row.shape)} for row in self.tensors],
             "compiled": None if self.compiled is None else self.compiled.to_json(),
             "budgets": None if self.budgets is None else self._budgets_json(self.budgets),
-            "selection": None if self.selection is None else _fields(self.selection),
+            "selection": None
+            if self.selection is None
+            else {**_fields(self.selection), "partial": list(self.selection.partial)},
             "training": None if self.training is None else self._training_json(self.training),
             "notes": list(self.notes),
             "unsupported": [{"name": op.name, "count": op.count, "where": list(op.where)} for op in self.unsupported],
@@ -415,6 +427,7 @@ class Summary:
                     "importance_captured": event.importance_captured,
                     "seconds": event.seconds,
                     "reason": event.reason,
+                    "partial": list(event.partial),
                 }
                 for event in training.selections
             ],
@@ -480,6 +493,7 @@ def _columns(everything: int, matmul: int) -> Columns:
 def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...], tuple[ModuleCost, ...]]:
     nodes = profile.graph.nodes
     needed = profile.needed_by
+    adding = {index for _, sums in profile.graph.uses for index in sums}
     counts: Counter[str] = Counter()
     forward_counts: Counter[str] = Counter()
     by_operator: dict[str, Cost] = {}
@@ -490,6 +504,8 @@ def _by_operator_and_module(profile: Profile) -> tuple[tuple[OperatorCost, ...],
             cost = Cost(forward=flops)
         elif node.phase is Phase.RECOMPUTE and needed[index]:
             cost = Cost(recompute=flops)
+        elif index in adding:
+            cost = Cost(dy=flops)
         elif node.phase is Phase.BACKWARD and needed[index]:
             of_one_tensor = needed[index].bit_count() == 1 and not needed[index] >> len(profile.names)
             cost = Cost(dw=flops) if of_one_tensor else Cost(dy=flops)
@@ -562,7 +578,7 @@ def _tensors(profile: Profile, selection: Selection | None) -> tuple[TensorRow, 
 
 def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
     chosen = [tensor for tensor, selected in zip(profile.tensors, selection.mask, strict=True) if selected]
-    dw = sum(tensor.dw_flops for tensor in chosen)
+    dw = profile.own_flops(selection.mask)
     step = profile.step_flops(selection.mask)
     backward = step.backward + step.recompute
     return SelectionSummary(
@@ -584,6 +600,7 @@ def _selection(profile: Profile, selection: Selection) -> SelectionSummary:
         upper_bound=selection.upper_bound,
         optimal=selection.optimal,
         importance_captured=selection.importance_captured,
+        partial=selection.partial,
     )
 
 
@@ -612,6 +629,7 @@ def _training(profile: Profile, log: "TrainingLog") -> TrainingSummary:
                 importance_captured=record.importance_captured,
                 seconds=record.seconds,
                 reason=record.reason,
+                partial=record.partial,
             )
             for record in log.selections
         ),
@@ -622,6 +640,17 @@ def _training(profile: Profile, log: "TrainingLog") -> TrainingSummary:
         stopped=log.stopped,
         energy=log.energy,
     )
+
+
+def remarks(reason: str | None, partial: Iterable[str]) -> tuple[str, ...]:
+    """Of a selection in training: why it is this one, and which tensors it trains through a part of their uses.
+
+    >>> remarks(None, ["lm_head.weight"])
+    ('partial gradient, not through all uses of the tensor: lm_head.weight',)
+    """
+    names = ", ".join(partial)
+    parts = (reason, f"partial gradient, not through all uses of the tensor: {names}" if names else None)
+    return tuple(part for part in parts if part is not None)
 
 
 def _finite(value: float | None) -> float | None:

@@ -18,7 +18,9 @@ import torch
 
 from gtflops.capture import ExecutedFlops, Loss, call_model, loss_of
 from gtflops.capture.batches import describe_batch
+from gtflops.capture.uses import check_uses, has_strayed, named_tensors, owners, tie, train_uses, uses_of_shared
 from gtflops.errors import BudgetSpentError, GtflopsError, InfeasibleBudgetError, InputError
+from gtflops.graph import Uses
 from gtflops.importance import ImportanceCheck, expected_drop, measure_importance
 from gtflops.importance.learning_rates import rates_of
 from gtflops.importance.measuring import require_held, restored, unwrapped
@@ -122,6 +124,10 @@ class GreenTrainer:
         energy: a :class:`gtflops.training.EnergyMeter`, on during :meth:`fit`.
         processes: which processes train together, where the model does not tell.
         max_grad_norm: gradients of :meth:`fit` are clipped to it.
+        uses: ``"separate"`` to choose each use of a tensor that several modules share by itself, as a tied embedding is
+            used at the input and in the head: see :func:`gtflops.profile`. The optimizer holds one tensor, which stays
+            tied; what modules through which it is not trained hold is another one, on the same memory, until
+            :meth:`tie`. Of such a tensor, the log says that its gradient is partial.
         trim: ``"auto"`` takes the padding out of the batches of :meth:`fit`, and the head off positions without a
             label: see :class:`gtflops.trimming.Trim`. A full step is then one on such a batch. In a loop of your own,
             :meth:`trimmed` gives the batch to train on.
@@ -176,10 +182,12 @@ class GreenTrainer:
         processes: Processes | None = None,
         max_grad_norm: float | None = None,
         trim: Trimming = None,
+        uses: Uses | None = None,
         count_executed: bool = False,
         allow_unsupported: bool = False,
     ) -> None:
         check_every(every)
+        check_uses(uses)
         self.processes = processes or Processes(model)
         self.model = model = self.processes.module
         self.optimizer = optimizer
@@ -194,6 +202,7 @@ class GreenTrainer:
         self.num_epochs = self.whole_epochs = num_epochs
         self.energy = energy
         self.max_grad_norm = max_grad_norm
+        self.uses = uses
         self.count_executed = count_executed
         self.allow_unsupported = allow_unsupported
         self._conditions: dict[str, Any] = {
@@ -205,23 +214,25 @@ class GreenTrainer:
         }
         warn_of_recompiles(model, granularity)
         self._trim = Trim.of(trim, model, loss)
-        self._prices = Prices(model, loss)
+        self._shared = uses_of_shared(model, uses)
+        self._prices = Prices(model, loss, uses)
         if isinstance(profile_or_batch, Profile):
             self.profile = profile_or_batch
             self._prices.add(self.profile)
         else:
             batch = self.trimmed(profile_or_batch)
-            self.profile = profile(model, batch, loss)
+            self.profile = profile(model, batch, loss, uses=uses)
             self._prices.add(self.profile, batch)
+        _require_same_uses(self.profile, uses, bool(self._shared))
         self.profile.require_fit(model)
-        self._reusing = reusing_of(self.profile, model, self._prices, loss, reuse, store)
+        self._reusing = reusing_of(self.profile, model, self._prices, loss, reuse, store, uses)
         if not allow_unsupported:
             self.profile.require_prices()
-        self.candidates = frozenset(name for name, tensor in model.named_parameters() if tensor.requires_grad)
+        self.candidates = frozenset(name for name, tensor in self._tensors().items() if tensor.requires_grad)
         if not self.candidates:
             raise InputError("every tensor of the model is frozen, so there is nothing to select from; thaw some first")
         require_held(model, optimizer)
-        self._elements = {name: local(tensor).numel() for name, tensor in model.named_parameters()}  # of this process
+        self._elements = {name: local(tensor).numel() for name, tensor in self._tensors().items()}  # of this process
         self.selection: Selection | None = None
         self.epoch = 0
         self.log = TrainingLog()
@@ -262,6 +273,13 @@ class GreenTrainer:
         """Leave the model without hooks of this trainer, until the next batch is trimmed."""
         if self._trim is not None:
             self._trim.remove()
+
+    def tie(self) -> None:
+        """With ``uses="separate"``: let every module that shares a tensor hold the tensor itself again, until the next
+        step, as the end of :meth:`fit` does. The tensor then requires a gradient where one of its uses did."""
+        if self._shared:
+            tie(self.model)
+            self._trained = None
 
     def step_boundary(self, *batches: Any, epoch: int = 0, measure_on: Iterable[Any] | None = None) -> StepRecord:
         """Call it before the forward pass of each optimizer step, with the batches (several where gradients are
@@ -421,6 +439,7 @@ class GreenTrainer:
             held=() if self._reusing is None else self._reusing.held,
             reason=reason,
             importance_captured=None if selection is None else selection.importance_captured,
+            partial=costs.partial(chosen),
         )
         self.log.selections.append(record)
         if reason is not None:
@@ -481,13 +500,20 @@ class GreenTrainer:
         in full; no selection where the budget is ``None`` by then."""
         held = {tensor for group in self.optimizer.param_groups for tensor in group["params"]}
         measured = [
-            name for name, tensor in self.model.named_parameters() if tensor in held and tensor.is_floating_point()
+            name
+            for name, tensor in owners(self.model, self.uses).items()
+            if tensor in held and tensor.is_floating_point()
         ]
         flops = self._sum(self._prices.of(batch).step_flops(measured).total for batch in batches)
         self._require_left(self._progress(full), flops)
         with self.processes.measuring():
             of_this_process = self.measure(
-                self.model, batches, self.optimizer, self.processes.agreed(self.loss), scheduler=self.scheduler
+                self.model,
+                batches,
+                self.optimizer,
+                self.processes.agreed(self.loss),
+                scheduler=self.scheduler,
+                **({} if self.uses is None else {"uses": self.uses}),  # a function of the user's may know of none
             )
         self.log.measuring_flops += flops
         importance = {
@@ -659,15 +685,16 @@ class GreenTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             _require_steps_alone(self.scheduler)
-        if resume:
-            run.resume()
-        else:
-            run.require_room()
-            self._starts_epoch = True
-            if self._reusing is not None:
-                self._reusing.filled_in = None  # an epoch of another run
-        self.log.stopped, self.interrupted = None, False
         with ExitStack() as stack:
+            stack.callback(self.tie)
+            if resume:
+                run.resume()
+            else:
+                run.require_room()
+                self._starts_epoch = True
+                if self._reusing is not None:
+                    self._reusing.filled_in = None  # an epoch of another run
+            self.log.stopped, self.interrupted = None, False
             stack.callback(self.untrim)
             stack.callback(setattr, self, "checks", self.checks)
             self.checks = True
@@ -836,10 +863,14 @@ class GreenTrainer:
             flops = sum(cost.step_flops(trainable) for cost in costs)
         if len(costs) > 1:
             profile = costs[0].ordinary
-            trained = zip(profile.tensors, profile.mask(trainable), strict=True)
-            flops += (len(costs) - 1) * sum(
-                self._elements[tensor.name] for tensor, is_trained in trained if is_trained and tensor.has_gradient
-            )
+            trained = {
+                tensor.name
+                for tensor, is_trained in zip(profile.tensors, profile.mask(trainable), strict=True)
+                if is_trained and tensor.has_gradient
+            }
+            for uses in self._shared:  # have one gradient
+                trained.difference_update(sorted(trained.intersection(uses))[1:])
+            flops += (len(costs) - 1) * sum(self._elements[name] for name in trained)
         return self._sum([flops])
 
     def _costs_of(self, batch: Any) -> BatchCosts:
@@ -853,14 +884,22 @@ class GreenTrainer:
         return self.processes.sum("FLOPs", sum(flops))
 
     def _train_only(self, names: frozenset[str]) -> None:
-        if names == self._trained:
+        if names == self._trained and not (self._shared and has_strayed(self.model)):
             return
         self._require_no_gradients()
-        for name, tensor in self.model.named_parameters():
-            tensor.requires_grad_(name in names)
+        for tensor in self.model.parameters():
             tensor.grad = None
+        if self._shared:
+            train_uses(self.model, names)
+        else:
+            for name, tensor in self.model.named_parameters():
+                tensor.requires_grad_(name in names)
         self.processes.rewrap()
         self._trained = names
+
+    def _tensors(self) -> dict[str, torch.nn.Parameter]:
+        """What may be trained, as the model has it now."""
+        return named_tensors(self.model, self.uses)
 
     @property
     def _owed(self) -> int:
@@ -900,7 +939,7 @@ class GreenTrainer:
     def _require_untouched(self) -> None:
         if self._trained is None:
             return
-        for name, tensor in self.model.named_parameters():
+        for name, tensor in self._tensors().items():
             if tensor.requires_grad != (name in self._trained):
                 raise InputError(
                     f"{name!r} was {'thawed' if tensor.requires_grad else 'frozen'} by something else since the last "
@@ -932,6 +971,7 @@ class GreenTrainer:
             "seconds": self._seconds_before + (0.0 if self._started is None else time.perf_counter() - self._started),
             "energy": None if self.energy is None else asdict(self.energy.energy),
             "reusing": None if self._reusing is None else self._reusing.state_dict(),
+            "uses": self.uses,
             "log": self.log.to_json(),
         }
 
@@ -953,13 +993,27 @@ class GreenTrainer:
             self._train_only(frozenset(state["trained"]))
 
     def require_candidates_of(self, state: Mapping[str, Any]) -> None:
-        """InputError for a state of :meth:`state_dict` of a run that trained what is frozen here."""
+        """InputError for a state of :meth:`state_dict` of a run that trained what is frozen here, or other units."""
+        if state.get("uses") != self.uses:
+            raise InputError(
+                f"the run to go on with had uses={state.get('uses')!r}, expected the same, not {self.uses!r}: names "
+                "stand for other gradients there"
+            )
         foreign = sorted({*(state["chosen"] or ()), *(state["trained"] or ())} - self.candidates)
         if foreign:
             raise InputError(
                 f"the run to go on with trained {len(foreign)} tensors that were frozen when this trainer was built, "
                 f"first {foreign[0]!r}; expected what was frozen then to be frozen now, and no more"
             )
+
+
+def _require_same_uses(profile: Profile, uses: Uses | None, has_shared: bool) -> None:
+    is_separate = bool(profile.graph.uses)
+    if is_separate != has_shared:
+        raise InputError(
+            f"the profile has {'each use of a shared tensor' if is_separate else 'a shared tensor as a whole'} and "
+            f"uses is {uses!r}; expected the same in both: gtflops.profile(model, batch, uses={uses!r})"
+        )
 
 
 def _better_of(problems: Sequence[Problem], limit: int) -> tuple[Selection, Problem, str | None]:

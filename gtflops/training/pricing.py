@@ -12,6 +12,7 @@ from gtflops.capture import Loss, batch_types
 from gtflops.capture.batches import batch_tensors
 from gtflops.capture.resizing import Layout, layout_of
 from gtflops.errors import InputError
+from gtflops.graph import Uses
 from gtflops.operators import TensorType
 from gtflops.profiling import Profile, profile
 
@@ -27,9 +28,10 @@ class Prices:
     when the first of another length comes, a short and a long batch are traced, and lengths between them need no trace.
     """
 
-    def __init__(self, model: torch.nn.Module, loss: Loss | None) -> None:
+    def __init__(self, model: torch.nn.Module, loss: Loss | None, uses: Uses | None = None) -> None:
         self._model = model
         self._loss = loss
+        self._uses = uses
         self._known: dict[_Look, Profile] = {}
         self._bases: dict[Hashable, Profile] = {}
         self._traced_ahead: dict[tuple[Hashable, str], int] = {}
@@ -57,7 +59,7 @@ class Prices:
         if layout is not None and kind in self._bases:
             known = self._at_sizes_of(layout, kind, self._bases[kind])
         if known is None:
-            known = profile(self._model, batch, self._loss)
+            known = profile(self._model, batch, self._loss, uses=self._uses)
         if kind is not None:
             self._bases.setdefault(kind, known)
         self._known[look] = known

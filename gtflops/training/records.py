@@ -20,7 +20,9 @@ class SelectionRecord:
     blocks compute is stored; ``budget`` the share that was asked for (``None`` without one), ``seconds`` what measuring
     and selecting took. Where the tensors were selected by importance, ``importance_captured`` is the share of all
     positive importance that is trained, and ``selection`` has the proof and the importances, unless the record is from
-    a log without them. ``reason`` says why it is this selection, where there was a choice besides the tensors.
+    a log without them. ``partial`` are those of ``names`` that are uses of a tensor which is not trained through all of
+    its uses: a partial gradient moves it. ``reason`` says why it is this selection, where there was a choice besides
+    the tensors.
     """
 
     step: int
@@ -34,6 +36,7 @@ class SelectionRecord:
     importance_captured: float | None = None
     held: tuple[str, ...] = ()
     reason: str | None = None
+    partial: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` is the inverse."""
@@ -41,6 +44,7 @@ class SelectionRecord:
             "step": self.step,
             "epoch": self.epoch,
             "names": list(self.names),
+            "partial": list(self.partial),
             "flops": self.flops,
             "full_flops": self.full_flops,
             "budget": self.budget,
@@ -68,6 +72,7 @@ class SelectionRecord:
             importance_captured=data["importance_captured"],
             held=tuple(data.get("held", ())),
             reason=data.get("reason"),
+            partial=tuple(data.get("partial", ())),
         )
 
 

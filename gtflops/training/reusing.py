@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from gtflops.capture import Loss
 from gtflops.errors import InputError, UnsupportedModelError
-from gtflops.graph import Phase
+from gtflops.graph import Phase, Uses
 from gtflops.operators import Call
 from gtflops.profiling import Profile, Trainable
 from gtflops.reuse import ActivationStore, PlannedPass, Prefix
@@ -84,6 +84,7 @@ class Reusing:
         prices: Prices,
         loss: Loss | None,
         store: ActivationStore | str | Path,
+        uses: Uses | None,
     ) -> None:
         self.store = store if isinstance(store, ActivationStore) else ActivationStore(store)
         self.held: tuple[str, ...] = ()
@@ -98,6 +99,7 @@ class Reusing:
         self._ordinary = prices
         self._as_run: Prices | None = None
         self._loss = loss
+        self._uses = uses
         self._prefix: Prefix | None = None
         self._has_warned = False
 
@@ -116,7 +118,7 @@ class Reusing:
         assert self._prefix is not None
         if self._as_run is self._ordinary:
             return ordinary
-        prices = self._as_run or Prices(self._model, self._loss)
+        prices = self._as_run or Prices(self._model, self._loss, self._uses)
         with self._prefix.modes_of_passes():
             as_run = prices.of(batch)
         if self._as_run is None:
@@ -208,7 +210,13 @@ def _forward_calls(profile: Profile) -> list[Call]:
 
 
 def reusing_of(
-    profile: Profile, model: torch.nn.Module, prices: Prices, loss: Loss | None, reuse: Any, store: Any
+    profile: Profile,
+    model: torch.nn.Module,
+    prices: Prices,
+    loss: Loss | None,
+    reuse: Any,
+    store: Any,
+    uses: Uses | None,
 ) -> Reusing | None:
     """From the arguments of a trainer. InputError where they do not go together."""
     if reuse is None:
@@ -232,4 +240,4 @@ def reusing_of(
             f"{profile.graph.model} has no blocks that could be left out; expected a ModuleList or Sequential of them, "
             "as transformers' models have, or, in a loop of your own, a boundary of your own for gtflops.reuse.Prefix"
         )
-    return Reusing(profile, model, prices, loss, store)
+    return Reusing(profile, model, prices, loss, store, uses)
