@@ -98,7 +98,18 @@ def test_the_plan_has_every_cell_and_chooses_rates_first(experiment: SimpleNames
         "reuse",
         *(
             pytest.param(scheme, marks=pytest.mark.slow)
-            for scheme in ("prefix", "top1", "lisa", "gt@0.7", "random@0.7", "largest@0.7", "auto")
+            for scheme in (
+                "prefix",
+                "top1",
+                "lisa",
+                "gt@0.7",
+                "random@0.7",
+                "largest@0.7",
+                "two-pass@0.7",
+                "once@0.7",
+                "often@0.7",
+                "auto",
+            )
         ),
     ],
 )

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,23 @@ from experiments.provenance import provenance
 from experiments.rules import RULES, ByRule
 from gtflops.errors import GtflopsError
 from gtflops.files import write_whole
+from gtflops.importance import measure_importance
 from gtflops.recipes.batches import EpochBatches, in_order
 from gtflops.recipes.datasets import DataSet, Example, load
 from gtflops.recipes.evaluation import generate
 from gtflops.recipes.finetune import FineTuneResult, FineTuneSettings, finetune
 from gtflops.recipes.models import SMOLLM2, Pretrained, load_pretrained
 from gtflops.training import Auto, EnergyMeter, Total
+from gtflops.training.loop import Every
 from gtflops.training.pricing import Prices
 from gtflops.trimming import IGNORED, Trim
 
 BATCH_SIZE = 4
 #: Test examples that a text is generated for.
 NUM_TEXTS = 150
-#: Blocks that are drawn anew, by LISA.
-LISA_EVERY = 10
+#: Steps after which LISA draws blocks anew, and after which *often* selects.
+LISA_EVERY, OFTEN = 10, 25
+TWO_PASS = partial(measure_importance, method="two-pass")
 
 
 def settings_of(cell: Cell, data: DataSet, flops: int, store: Path) -> FineTuneSettings:
@@ -63,8 +67,9 @@ def settings_of(cell: Cell, data: DataSet, flops: int, store: Path) -> FineTuneS
     name, _, budget = cell.scheme.partition("@")
     if name in RULES:
         return replace(common, scheme="greentrainer", budget=ByRule(float(budget), RULES[name]))
-    if name == "gt":
-        return replace(common, scheme="greentrainer", budget=float(budget))
+    if name in ("gt", "two-pass", "once", "often"):
+        every: Every = {"once": common.steps, "often": OFTEN}.get(name, "epoch")
+        return replace(common, scheme="greentrainer", budget=float(budget), every=every)
     if name == "auto":  # the three epochs that the total does not pay for in full
         total = Auto(Total(flops=flops))
         return replace(
@@ -160,6 +165,7 @@ def run(cell: Cell, pretrained: Pretrained, data: DataSet, flops_of_epoch: int) 
                 data,
                 settings_of(cell, data, flops, Path(store)),
                 loss_before=math.nan,
+                measure=TWO_PASS if cell.scheme.startswith("two-pass") else measure_importance,
                 on_trained=lambda trained: measured.update(evaluated(trained, tokenizer, data, tunes=cell.tunes)),
                 energy=EnergyMeter("FRA"),
             )

@@ -46,6 +46,9 @@ LABELS = {
     "random@0.7": "random importances at 0.7",
     "largest@0.7": "largest importance first, at 0.7",
     "published@0.7": "published recursion at 0.7",
+    "two-pass@0.7": "two-pass importance at 0.7",
+    "once@0.7": "selection at 0.7, once",
+    "often@0.7": "selection at 0.7, every 25 steps",
 }
 
 

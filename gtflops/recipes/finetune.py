@@ -13,6 +13,7 @@ from gtflops.capture import ExecutedFlops
 from gtflops.capture.uses import check_uses
 from gtflops.errors import BudgetSpentError, InputError
 from gtflops.graph import Uses
+from gtflops.importance import measure_importance
 from gtflops.problem import Granularity
 from gtflops.profiling import Profile
 from gtflops.profiling import profile as profile_of
@@ -178,6 +179,7 @@ def finetune(
     loss_before: float | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_trained: Callable[[Any], None] | None = None,
+    measure: Callable[..., dict[str, float]] = measure_importance,
     save: Path | None = None,
     energy: EnergyMeter | None = None,
     watchers: Sequence[Watcher] = (),
@@ -187,9 +189,10 @@ def finetune(
 ) -> FineTuneResult:
     """Train ``model`` in place for ``settings.steps`` steps, on the device that it is on.
 
-    ``energy``, ``watchers``, ``checkpoints`` and ``resume`` are as of :class:`GreenTrainer`, which is given the epochs
-    of ``data``; ``energy`` to the first process alone. A total that is spent ends the training, with the reason in the
-    log; Ctrl-C is an InterruptedRunError. A run is resumed with what it was begun with: InputError names what is other.
+    ``measure``, ``energy``, ``watchers``, ``checkpoints`` and ``resume`` are as of :class:`GreenTrainer`, which is given
+    the epochs of ``data``; ``energy`` to the first process alone. A total that is spent ends the training, with the
+    reason in the log; Ctrl-C is an InterruptedRunError. A run is resumed with what it was begun with: InputError names
+    what is other.
 
     ``profile`` (of the model as it comes) and ``loss_before`` are taken as known where given. Two runs from the same
     weights and settings, on the same machine with the same number of threads, give the same losses. As soon as it is
@@ -256,6 +259,7 @@ def finetune(
         store=settings.store,
         uses=settings.uses,
         trim=settings.trim,
+        measure=measure,
         energy=energy if processes.rank() == 0 else None,
         choose=None if chosen.choose is None else chosen.choose(settings.seed),
     )
