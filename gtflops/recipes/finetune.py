@@ -189,8 +189,8 @@ def finetune(
 ) -> FineTuneResult:
     """Train ``model`` in place for ``settings.steps`` steps, on the device that it is on.
 
-    ``measure``, ``energy``, ``watchers``, ``checkpoints`` and ``resume`` are as of :class:`GreenTrainer`, which is given
-    the epochs of ``data``; ``energy`` to the first process alone. A total that is spent ends the training, with the
+    ``measure``, ``energy``, ``watchers``, ``checkpoints`` and ``resume`` are as of :class:`GreenTrainer`, which has the
+    epochs of ``data``; ``energy`` to the first process alone. A total that is spent ends the training, with the
     reason in the log; Ctrl-C is an InterruptedRunError. A run is resumed with what it was begun with: InputError names
     what is other.
 
