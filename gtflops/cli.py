@@ -893,6 +893,11 @@ def compare_command(
     moving = _budget(budget, total, grid, shares, energy)
     examples = _data(data, data_path, columns, validation)
     if until is not None and steps is None and epochs is None:
+        if total is not None or (budget is not None and "," in budget):
+            raise InputError(
+                f"{'--total' if total is not None else '--budget'} goes by the steps or epochs of a run, whose number "
+                "--until alone leaves open; expected --steps or --epochs besides"
+            )
         epochs = MOST_EPOCHS
     settings = FineTuneSettings(
         steps=_num_steps(steps, epochs, len(examples.train), batch_size),

@@ -4,6 +4,7 @@ An *item* is what is chosen or not as a whole: a tensor, or the tensors of a lay
 whatever is chosen (``base``), can have items paid beforehand, and can merge items.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,6 +61,10 @@ class Solution:
     value: float
     upper_bound: float
     optimal: bool
+
+
+#: The most problems that are solved to find the best selection where sums have parts.
+MOST_PROBLEMS = 256
 
 
 class Form(Protocol):
@@ -182,7 +187,8 @@ class GraphForm(CopiedByFields):
 
     def solve(self, worth: npt.NDArray[np.float64], limit: int) -> KnapsackResult:
         if self.sums:
-            return self._best_by_first(worth, limit)
+            problems = math.prod(int(np.count_nonzero(one.parts)) for one in self.sums)
+            return self._best_by_first(worth, limit) if problems <= MOST_PROBLEMS else self._within_sums(worth, limit)
         best = self._knapsack.solve(worth, limit - self.base)
         if best.optimal or limit < self.chain.base:
             return best
@@ -208,6 +214,20 @@ class GraphForm(CopiedByFields):
             cost=self.total(best.mask) - self.base,
             upper_bound=max(best.value, bound),
             optimal=best.value >= bound,
+        )
+
+    def _within_sums(self, worth: npt.NDArray[np.float64], limit: int) -> KnapsackResult:
+        """What is best where each part of a sum pays for an addition, which is one too many for each sum; bounded by
+        what is best where none does."""
+        without = replace(self, sums=())
+        dearer = without.surcharged(1, np.sum([one.at_most() for one in self.sums], axis=0))
+        found = replace(dearer, base=self.base, chain=self.chain).solve(worth, limit)
+        bound = without.solve(worth, limit).upper_bound
+        return replace(
+            found,
+            cost=self.total(found.mask) - self.base,
+            upper_bound=max(found.value, bound),
+            optimal=found.value >= bound,
         )
 
     @cached_property

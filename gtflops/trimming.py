@@ -309,9 +309,11 @@ def _family_of(model: torch.nn.Module, base: torch.nn.Module, loss: Loss | None)
     if loss is not None:
         return None, "the loss is one of your own, and which positions it reads is not known"
     adapters = getattr(model, "peft_config", None)
-    if isinstance(adapters, Mapping) and any(getattr(one, "is_prompt_learning", False) for one in adapters.values()):
+    if isinstance(adapters, Mapping) and any(map(_puts_tokens_in_front, adapters.values())):
         return None, "virtual tokens are put in front of the batch"
-    if not kind.forward.__module__.startswith("transformers.models.") or _forward_of(base) is not kind.forward:
+    forward = _without_mixed_precision(vars(base).get("forward", kind.forward))
+    own = _without_mixed_precision(kind.forward)
+    if not own.__module__.startswith("transformers.models.") or forward is not own:
         return None, f"the forward pass of {kind.__name__} is not that of transformers"
     if family.loss == "next token":
         function = base.loss_function
@@ -321,15 +323,20 @@ def _family_of(model: torch.nn.Module, base: torch.nn.Module, loss: Loss | None)
     return family, None
 
 
-def _forward_of(model: torch.nn.Module) -> Any:
-    """The forward function, without what mixed precision puts around it: accelerate does so in a Trainer with bf16."""
-    forward = vars(model).get("forward", type(model).forward)
+def _puts_tokens_in_front(adapter: Any) -> bool:
+    """Prompt tuning does; prefix tuning gives keys and values to each layer, and leaves the batch as long as it is."""
+    return getattr(adapter, "is_prompt_learning", False) and getattr(adapter, "peft_type", None) != "PREFIX_TUNING"
+
+
+def _without_mixed_precision(forward: Any) -> Any:
+    """A function without what autocast puts around it, and accelerate, which does so in a Trainer with bf16."""
     while True:
         function = getattr(forward, "__func__", forward)
         where = function.__globals__["__name__"] if inspect.isfunction(function) else type(function).__module__
         if where not in ("torch.amp.autocast_mode", "accelerate.utils.operations"):
             return function
-        forward = function.__wrapped__
+        if (forward := getattr(function, "__wrapped__", None)) is None:
+            return function
 
 
 def _why_all_columns(base: torch.nn.Module) -> str | None:

@@ -346,3 +346,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_grids_that_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(gtflops.InputError, match=message):
         make()
+
+
+def test_until_is_a_total() -> None:
+    import torch
+
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(gtflops.InputError, match=r"until is 1000000\.0, expected a total, such as Total\(flops=2e15\)"):
+        gtflops.GreenTrainer(model, optimizer, torch.ones(1, 2), until=1e6, loss=lambda y, x: y.sum())  # type: ignore[arg-type]

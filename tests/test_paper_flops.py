@@ -1,6 +1,7 @@
 """The experiment on the published runs' FLOPs: what it measures, and that the tables in the tree are of that."""
 
 import json
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -160,6 +161,18 @@ def test_the_page_is_of_the_raw_results(monkeypatch: pytest.MonkeyPatch) -> None
     page = (BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8")
     assert page.count(HEAD) == 1
     assert HEAD + page.partition(HEAD)[2] == sections()
+
+
+def test_the_parts_that_documents_take_over_are_there() -> None:
+    page = (BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8")
+    taken = [
+        name
+        for document in (BENCHMARKS.parent / "docs").glob("*.md")
+        for name in re.findall(r'^--8<-- "benchmarks/RESULTS\.md:(\w+)"$', document.read_text(encoding="utf-8"), re.M)
+    ]
+    assert {"published", "quality", "time"} <= set(taken)
+    for name in taken:
+        assert page.count(f"[start:{name}]") == page.count(f"[end:{name}]") == 1
 
 
 def test_each_command_leaves_the_others_part(

@@ -355,6 +355,12 @@ def test_mixed_precision_around_the_forward_pass_is_seen_through() -> None:
         assert TARGET_POSITIONS in trimmed
         torch.testing.assert_close(model(**trimmed).loss, model(**batch).loss, rtol=1e-2, atol=0)
 
+    with pytest.MonkeyPatch.context() as monkeypatch, warnings.catch_warnings(action="error"):
+        forward = torch.autocast("cpu", dtype=torch.bfloat16)(type(plain).forward)
+        monkeypatch.setattr(type(plain), "forward", forward)
+        with Trim(plain) as trim:
+            assert TARGET_POSITIONS in trim(batch)
+
     wrapped = copy.deepcopy(plain)
     wrapped.forward = functools.wraps(wrapped.forward)(lambda **inputs: plain(**inputs))
     with pytest.warns(UserWarning, match=r"forward pass .* is not that of transformers"):

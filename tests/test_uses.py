@@ -329,6 +329,36 @@ def test_selections_are_the_best_there_are(seed: int) -> None:
             assert chain.solve(limit).value <= found.value + 1e-9
 
 
+def test_of_very_many_uses_selections_fit_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, profile = profile_of("toy")
+    values = {name: float(worth) for name, worth in zip(profile.names, itertools.cycle((1, 3, 2)), strict=False)}
+    problem = Problem.of(profile, values)
+    limits = np.linspace(problem.smallest, profile.full_flops, 12).astype(int).tolist()
+    best = [problem.solve(limit).value for limit in limits]
+    monkeypatch.setattr("gtflops.forms.MOST_PROBLEMS", 5)
+    for limit, value in zip(limits, best, strict=True):
+        found = problem.solve(limit)
+        assert profile.step_flops(found.mask).total <= limit
+        assert found.value <= value <= found.upper_bound
+        assert not found.optimal or found.value == value
+    assert problem.solve(profile.full_flops).value > 0.9 * best[-1]
+
+
+def test_a_model_with_frozen_uses_is_not_taken_for_an_untied_one() -> None:
+    model, batch, profile = profile_of("llama")
+    model = copy.deepcopy(model)
+    train_uses(model, {"lm_head.weight"})
+    optimizer = torch.optim.AdamW(model.parameters())
+    for wrong in (
+        lambda: gtflops.profile(model, batch),
+        lambda: gtflops.measure_importance(model, [batch], optimizer),
+        lambda: gtflops.GreenTrainer(model, optimizer, profile),
+    ):
+        with pytest.raises(gtflops.InputError, match=r"stands for a shared tensor.*gtflops\.tie"):
+            wrong()
+    gtflops.profile(gtflops.tie(model), batch)
+
+
 @pytest.mark.parametrize(
     "conditions",
     [

@@ -23,7 +23,7 @@ TUNING_SEED, TUNING_TOTAL = 0, 0.25
 CORE = ("full", "lora", "top15", "gt@0.7", "auto", "reuse")
 SCHEMES = (*CORE, "gt@0.5", "gt@0.9", "top5", "lisa", "prefix")
 #: Other ways to choose tensors at the budget of gt@0.7, to measure importance and to select, at the rate of that.
-ABLATIONS = ("random@0.7", "largest@0.7", "published@0.7", "two-pass@0.7", "once@0.7", "often@0.7")
+ABLATIONS = ("exact@0.7", "random@0.7", "largest@0.7", "published@0.7", "two-pass@0.7", "once@0.7", "often@0.7")
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,10 +113,7 @@ def section() -> str:
     runs = [{**row, "run": of_a_run(row, recipe), "label": label(row)} for row in rows]
     return (
         "## FLOPs of the published runs\n\n"
-        + described(raw["provenance"])
-        + "\n"
-        + introduction(runs, recipe)
-        + marked("published", beside_published(runs))
+        + marked("published", described(raw["provenance"]) + "\n" + introduction(runs, recipe) + beside_published(runs))
         + lora_account(runs, recipe)
         + TABLES.format(epochs=recipe["epochs"])
         + "".join(of_model(model, runs) for model in unique(row["model"] for row in rows))

@@ -27,7 +27,7 @@ import transformers
 from experiments.cells import EPOCHS, Cell, plan, result_of
 from experiments.provenance import provenance
 from experiments.rules import RULES, ByRule
-from gtflops.errors import GtflopsError
+from gtflops.errors import GtflopsError, InfeasibleBudgetError
 from gtflops.files import write_whole
 from gtflops.importance import measure_importance
 from gtflops.recipes.batches import EpochBatches, in_order
@@ -66,7 +66,7 @@ def settings_of(cell: Cell, data: DataSet, flops: int, store: Path) -> FineTuneS
     )
     name, _, budget = cell.scheme.partition("@")
     if name in RULES:
-        return replace(common, scheme="greentrainer", budget=ByRule(float(budget), RULES[name]))
+        return replace(common, scheme="greentrainer", budget=ByRule(float(budget), RULES[name], cell.seed))
     if name in ("gt", "two-pass", "once", "often"):
         every: Every = {"once": common.steps, "often": OFTEN}.get(name, "epoch")
         return replace(common, scheme="greentrainer", budget=float(budget), every=every)
@@ -167,10 +167,10 @@ def run(cell: Cell, pretrained: Pretrained, data: DataSet, flops_of_epoch: int) 
                 loss_before=math.nan,
                 measure=TWO_PASS if cell.scheme.startswith("two-pass") else measure_importance,
                 on_trained=lambda trained: measured.update(evaluated(trained, tokenizer, data, tunes=cell.tunes)),
-                energy=EnergyMeter("FRA"),
+                energy=EnergyMeter("FRA", tracking="process"),
             )
         except GtflopsError as error:
-            if not str(error).startswith("the loss is"):  # not finite, at this rate
+            if not (isinstance(error, InfeasibleBudgetError) or str(error).startswith("the loss is")):
                 raise
             return result | {"failed": str(error)}
     return result | {"until": flops, **described(made), **measured, "seconds": time.perf_counter() - started}
@@ -187,7 +187,7 @@ def described(made: FineTuneResult) -> dict[str, Any]:
         "train_losses": [step.loss for step in log.steps],
         "train_seconds": log.seconds,
         "stopped": log.stopped,
-        "energy": None if log.energy is None else asdict(log.energy),
+        "energy": None if log.energy is None else {"tracking": "process", **asdict(log.energy)},
         "selections": [
             {
                 "step": record.step,
@@ -210,17 +210,20 @@ def claimed(cell: Cell) -> Iterator[bool]:
     claim.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
         if (at_work := claim.read_text()) != _process(at_work.partition(" ")[0]):
-            claim.unlink()  # of one that was killed
+            claim.unlink(missing_ok=True)  # of one that was killed
+    own = claim.with_suffix(f".{os.getpid()}.running")
+    own.write_text(_process(str(os.getpid())))
     try:
-        with claim.open("x") as file:
-            file.write(_process(str(os.getpid())))
+        claim.hardlink_to(own)  # whole, or not at all
     except FileExistsError:
         yield False
         return
+    finally:
+        own.unlink()
     try:
         yield True
     finally:
-        claim.unlink()
+        claim.unlink(missing_ok=True)
 
 
 def _process(number: str) -> str:

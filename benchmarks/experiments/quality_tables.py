@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,13 @@ LABELS = {
     "gt@0.5": "selection at 0.5",
     "gt@0.7": "selection at 0.7",
     "gt@0.9": "selection at 0.9",
-    "reuse": "selection with reuse",
-    "auto": "auto",
+    "reuse": "selection with reuse, 3 epochs",
+    "auto": "auto, reuse among what it may choose",
     "random@0.7": "random importances at 0.7",
     "largest@0.7": "largest importance first, at 0.7",
-    "published@0.7": "published recursion at 0.7",
-    "two-pass@0.7": "two-pass importance at 0.7",
+    "exact@0.7": "exact selection at 0.7, by the same rules",
+    "published@0.7": "published recursion at 0.7, idealised",
+    "two-pass@0.7": "two-pass importance at 0.7, of the real next step",
     "once@0.7": "selection at 0.7, once",
     "often@0.7": "selection at 0.7, every 25 steps",
 }
@@ -71,6 +72,19 @@ class Runs:
     scheme: str
     total: float
     results: Sequence[Mapping[str, Any]]
+    failed: int = 0
+    """Runs that ended without a result: of a loss that was not finite, or a budget that nothing fits."""
+
+    @property
+    def number(self) -> str:
+        return f"n={len(self.results)}" + (f", {self.failed} failed" if self.failed else "")
+
+    def of_seeds(self, seeds: Collection[int]) -> "Runs":
+        return replace(self, results=[result for result in self.results if result["cell"]["seed"] in seeds])
+
+    @property
+    def seeds(self) -> set[int]:
+        return {result["cell"]["seed"] for result in self.results}
 
     @cached_property
     def losses(self) -> np.ndarray:
@@ -84,8 +98,10 @@ class Runs:
         return _interval(_per_token, *self.losses)
 
     def above(self, other: "Runs") -> Interval:
-        """By how much the loss is above another's, on the same papers."""
-        return _interval(_per_token, self.losses[0] - other.losses[0], self.losses[1])
+        """By how much the loss is above another's, on the same papers and by the seeds that both have."""
+        both = self.seeds & other.seeds
+        mine, others = self.of_seeds(both), other.of_seeds(both)
+        return _interval(_per_token, mine.losses[0] - others.losses[0], mine.losses[1])
 
     @property
     def seeds_apart(self) -> float:
@@ -138,11 +154,15 @@ def runs_of(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, float], Run
     by_cell = {Cell(**result["cell"]): result for result in results}
     found: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for cell, result in by_cell.items():
-        if cell.seed == TUNING_SEED or result.get("failed"):
+        if cell.seed == TUNING_SEED:
             continue
         if cell.scheme == "untrained" or rate_for(cell.data, cell.scheme, by_cell.get)[0] == cell.rate:
             found.setdefault((cell.scheme, cell.total), []).append(result)
-    return {key: Runs(*key, results) for key, results in found.items()}
+    runs = {}
+    for key, each in found.items():
+        finished = [result for result in each if not result.get("failed")]
+        runs[key] = Runs(*key, finished, len(each) - len(finished))
+    return runs
 
 
 def rates(results: Sequence[Mapping[str, Any]]) -> str:
@@ -168,9 +188,14 @@ def losses(runs: Mapping[tuple[str, float], Runs], schemes: Sequence[str]) -> st
     for scheme in schemes:
         of_scheme = {total: runs[scheme, total] for total in TOTALS if (scheme, total) in runs}
         if of_scheme:
-            cells = [f"{of_scheme[t].loss}, n={len(of_scheme[t].results)}" if t in of_scheme else "" for t in TOTALS]
-            rows.append([LABELS[scheme], *cells])
+            rows.append([LABELS[scheme], *(_loss_of(of_scheme.get(total)) for total in TOTALS)])
     return table("scheme | " + " | ".join(f"total {total:g}" for total in TOTALS), rows)
+
+
+def _loss_of(runs: Runs | None) -> str:
+    if runs is None or not runs.results:
+        return "" if runs is None else runs.number
+    return f"{runs.loss}, {runs.number}"
 
 
 def against_full(runs: Mapping[tuple[str, float], Runs]) -> str:
@@ -178,8 +203,8 @@ def against_full(runs: Mapping[tuple[str, float], Runs]) -> str:
     rows = []
     for scheme in SCHEMES[1:]:
         cells = [
-            str(runs[scheme, total].above(runs["full", total]))
-            if (scheme, total) in runs and ("full", total) in runs
+            str(one.above(full))
+            if (one := runs.get((scheme, total))) and (full := runs.get(("full", total))) and one.seeds & full.seeds
             else ""
             for total in TOTALS
         ]
@@ -193,10 +218,10 @@ def details(runs: Mapping[tuple[str, float], Runs]) -> str:
     rows = []
     for total in TOTALS:
         for scheme in (*SCHEMES, *ABLATIONS):
-            if (one := runs.get((scheme, total))) is None:
+            if (one := runs.get((scheme, total))) is None or not one.results:
                 continue
             spent = one.mean("executed") + one.mean("measuring")
-            energies = [result["energy"] for result in one.results]
+            energies = [result["energy"] for result in one.results if result["energy"].get("tracking") == "process"]
             rows.append(
                 [
                     f"{total:g}",
@@ -208,15 +233,21 @@ def details(runs: Mapping[tuple[str, float], Runs]) -> str:
                     *(str(one.rouge(name)) for name in ("rouge1", "rouge2", "rougeL")),
                     f"{one.seeds_apart:.3f}" if len(one.results) > 1 else "",
                     f"{one.mean('train_seconds'):.0f}",
-                    f"{np.mean([energy['kwh'] for energy in energies]) * 1000:.1f}",
-                    f"{np.mean([energy['co2_kg'] for energy in energies]) * 1000:.2f}",
+                    *_energy(energies),
                 ]
             )
     return table(
-        "total | scheme | rate | steps | of the total spent | measuring | ROUGE-1 | ROUGE-2 | ROUGE-L | seeds apart | "
-        "s | Wh | g CO2",
+        "total | scheme | rate | steps | of the total: steps executed, measuring planned | of it measuring | ROUGE-1 | "
+        "ROUGE-2 | ROUGE-L | seeds apart | s | Wh | g CO2 at France's mean",
         rows,
     )
+
+
+def _energy(energies: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Wh, and g of CO2, where the process was measured by itself: others ran beside it."""
+    if not energies:
+        return "", ""
+    return tuple(f"{1000 * np.mean([energy[name] for energy in energies]):.2f}" for name in ("kwh", "co2_kg"))
 
 
 def untrained(runs: Mapping[tuple[str, float], Runs]) -> str:
@@ -236,7 +267,7 @@ def figure(runs: Mapping[tuple[str, float], Runs], path: Path) -> None:
     drawing = Figure(figsize=(8, 5), layout="constrained")
     axes = drawing.subplots()
     for number, scheme in enumerate(SCHEMES):
-        points = [(total, runs[scheme, total].loss) for total in TOTALS if (scheme, total) in runs]
+        points = [(t, runs[scheme, t].loss) for t in TOTALS if (scheme, t) in runs and runs[scheme, t].results]
         if points:
             shifted = [total + 0.006 * (number - len(SCHEMES) / 2) for total, _ in points]
             bars = np.array([[loss.value - loss.low, loss.high - loss.value] for _, loss in points]).T
@@ -263,21 +294,25 @@ def section(data: str = "aclsum") -> str:
     runs = runs_of(results)
     full = results[0]["epoch_flops"]
     latest = max((result["made"] for result in results), key=lambda made: str(made["date"]))
+    commits = ", ".join(sorted({result["made"]["commit"] for result in results}))
     setting = (
-        f"{described(latest)} SmolLM2-135M on ACLSum: batches of 4 by length without padding, the head at target "
-        "positions alone, matrix products in bfloat16, AdamW, the rate falling to 0 where the total is spent. Totals "
-        f"are shares of three full epochs; one is {full:,} FLOPs. Intervals (95 %) are of a bootstrap over the 100 "
-        f"test papers, {RESAMPLES:,} resamples, of the mean over n seeds; texts are greedy, for 50 papers. "
+        f"{described({**latest, 'commit': commits})} SmolLM2-135M-Instruct on ACLSum: batches of 4 by length without "
+        "padding, the head at target positions alone, matrix products in bfloat16, AdamW, the rate falling to 0 where "
+        "the total is spent (with reuse, at the last step; auto makes at most three epochs of steps). Totals are "
+        f"shares of three full epochs; one is {full:,} FLOPs. A run ends before the step that its total does not pay for. "
+        f"Intervals (95 %) are of a bootstrap over the 100 test papers, {RESAMPLES:,} resamples, of the mean over n "
+        "seeds: how runs differ by their seed is not in them. Texts are greedy, for 50 papers. "
         f"{len(results)} runs are there.\n\n"
     )
     loss = (
         f"{untrained(runs)}\nTest loss of a target token:\n\n{losses(runs, (*SCHEMES, *ABLATIONS))}\n"
-        f"Test loss above that of full fine-tuning for the same FLOPs:\n\n{against_full(runs)}\n"
+        "Test loss above that of full fine-tuning for the same FLOPs, by seeds that both have:\n\n"
+        f"{against_full(runs)}\n"
+        f"Learning rates were chosen at total {TUNING_TOTAL:g} alone, by the validation loss of one run each, with a "
+        f"seed of their own:\n\n{rates(results)}\n"
     )
     return (
         "## Quality at equal total FLOPs\n\n"
         + marked("quality", setting + loss)
-        + f"Learning rates, by the validation loss of runs at total {TUNING_TOTAL:g} with a seed of their own:\n\n"
-        + rates(results)
         + f"\nWhat the runs took, on a machine that did other things besides:\n\n{details(runs)}"
     )

@@ -111,15 +111,26 @@ def check_uses(uses: Any) -> None:
 def named_tensors(model: torch.nn.Module, uses: Uses | None) -> dict[str, torch.nn.Parameter]:
     """What can be trained or frozen, by its name: parameters, or each use of them as it is held now."""
     if uses is None:
-        return dict(model.named_parameters())
+        return _tied_parameters(model)
     return {name: place.tensor for name, place in _places(model).items()}
 
 
 def owners(model: torch.nn.Module, uses: Uses | None) -> dict[str, torch.nn.Parameter]:
     """The same names with the model's own tensors, which optimizers hold: one for all uses of a shared tensor."""
     if uses is None:
-        return dict(model.named_parameters())
+        return _tied_parameters(model)
     return {name: place.shared for name, place in _places(model).items()}
+
+
+def _tied_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Of a model whose modules hold what they share: another one would be taken for a model of more tensors."""
+    parameters = dict(model.named_parameters())
+    if frozen := [name for name, tensor in parameters.items() if isinstance(tensor, FrozenUse)]:
+        raise InputError(
+            f"{frozen[0]!r} stands for a shared tensor, since uses of it were trained by themselves; expected "
+            "gtflops.tie(model) before, or uses='separate'"
+        )
+    return parameters
 
 
 def uses_of_shared(model: torch.nn.Module, uses: Uses | None) -> list[tuple[str, ...]]:

@@ -91,6 +91,8 @@ class FineTuneSettings:
         budget_of(self.budget)
         check_every(self.every)
         check_uses(self.uses)
+        if self.until is not None:
+            Total(flops=self.until)
         for name in ("steps", "batch_size", "seq_len", "target_len", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
@@ -320,10 +322,9 @@ def finetune(
 def _spent(trainer: GreenTrainer) -> float:
     """The share of its total that a run has spent which may end before its last step; 0 for any other."""
     budget, log = trainer.budget, trainer.log
-    total = trainer.until or (budget.total if isinstance(budget, Auto) else None)
-    if total is None or total.flops is None:
-        return 0.0
-    return (log.planned_flops + log.measuring_flops) / total.flops
+    totals = (trainer.until, budget.total if isinstance(budget, Auto) else None)
+    flops = [total.flops for total in totals if total is not None and total.flops is not None]
+    return (log.planned_flops + log.measuring_flops) / min(flops) if flops else 0.0
 
 
 def _begin_or_go_on(folder: Path, resume: bool, options: Mapping[str, object]) -> None:

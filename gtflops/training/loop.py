@@ -192,6 +192,8 @@ class GreenTrainer:
         self.model = model = self.processes.module
         self.optimizer = optimizer
         self.budget = budget_of(budget if choose is None else None)
+        if until is not None and not isinstance(until, Total):
+            raise InputError(f"until is {until!r}, expected a total, such as Total(flops=2e15)")
         self.every = every
         self.until = until
         self.loss = loss
