@@ -3,7 +3,7 @@
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,6 +96,7 @@ class Trim:
         self._model = model
         self._base = _without_adapters(model)
         self._family, why_not = _family_of(model, self._base, loss)
+        self._has_prefix = any(map(_has_virtual_tokens, _adapters_of(model)))
         self._cuts_columns = self._family is not None
         self._chooses_targets = self._family is not None
         self._said: set[str] = set()
@@ -182,7 +183,7 @@ class Trim:
         for name in labelled & batch.keys():
             used |= (batch[name] != IGNORED).any(dim=0)
         start, end = _ends(used)
-        if not (self._family.positions_are_relative or batch.get("position_ids") is not None):
+        if self._has_prefix or not (self._family.positions_are_relative or batch.get("position_ids") is not None):
             start = 0  # what is behind would be at other positions
         return slice(start, end) if end - start < len(used) and end > start else None
 
@@ -308,8 +309,7 @@ def _family_of(model: torch.nn.Module, base: torch.nn.Module, loss: Loss | None)
         return None, f"{kind.__name__} is none of the models that are known to give the same loss without its padding"
     if loss is not None:
         return None, "the loss is one of your own, and which positions it reads is not known"
-    adapters = getattr(model, "peft_config", None)
-    if isinstance(adapters, Mapping) and any(map(_puts_tokens_in_front, adapters.values())):
+    if any(_has_virtual_tokens(one) and one.peft_type != "PREFIX_TUNING" for one in _adapters_of(model)):
         return None, "virtual tokens are put in front of the batch"
     forward = _without_mixed_precision(vars(base).get("forward", kind.forward))
     own = _without_mixed_precision(kind.forward)
@@ -323,9 +323,16 @@ def _family_of(model: torch.nn.Module, base: torch.nn.Module, loss: Loss | None)
     return family, None
 
 
-def _puts_tokens_in_front(adapter: Any) -> bool:
-    """Prompt tuning does; prefix tuning gives keys and values to each layer, and leaves the batch as long as it is."""
-    return getattr(adapter, "is_prompt_learning", False) and getattr(adapter, "peft_type", None) != "PREFIX_TUNING"
+def _adapters_of(model: torch.nn.Module) -> Collection[Any]:
+    """What PEFT was told to put into a model."""
+    adapters = getattr(model, "peft_config", None)
+    return adapters.values() if isinstance(adapters, Mapping) else ()
+
+
+def _has_virtual_tokens(adapter: Any) -> bool:
+    """Prompt tuning puts them in front of the batch; prefix tuning gives their keys and values to each layer, and
+    leaves the batch as long as it is."""
+    return bool(getattr(adapter, "is_prompt_learning", False))
 
 
 def _without_mixed_precision(forward: Any) -> Any:

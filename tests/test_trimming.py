@@ -233,6 +233,18 @@ def test_the_logits_are_those_of_the_labels() -> None:
     torch.testing.assert_close(logits, chosen[None])
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_with_prefix_tuning(left: bool) -> None:
+    """Keys and values stand before those of the batch, which is as long as it was."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build("llama"), config).double()
+    batch = batch_of("llama", [9, 5, 11], left=left)
+    with Trim(model) as trim:
+        trimmed = trim(batch)
+        assert trimmed["input_ids"].shape == (3, 14 if left else 11), "how far a prefix is away matters"
+        assert_same(model, batch, trimmed)
+
+
 def test_with_adapters() -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"])
     model = peft.get_peft_model(build("llama"), config)

@@ -345,14 +345,14 @@ def test_of_very_many_uses_selections_fit_and_are_bounded(monkeypatch: pytest.Mo
 
 
 def test_a_model_with_frozen_uses_is_not_taken_for_an_untied_one() -> None:
-    model, batch, profile = profile_of("llama")
+    model, batch, _ = profile_of("llama")
     model = copy.deepcopy(model)
     train_uses(model, {"lm_head.weight"})
     optimizer = torch.optim.AdamW(model.parameters())
     for wrong in (
         lambda: gtflops.profile(model, batch),
         lambda: gtflops.measure_importance(model, [batch], optimizer),
-        lambda: gtflops.GreenTrainer(model, optimizer, profile),
+        lambda: gtflops.GreenTrainer(model, optimizer, batch),
     ):
         with pytest.raises(gtflops.InputError, match=r"stands for a shared tensor.*gtflops\.tie"):
             wrong()

@@ -299,9 +299,9 @@ def section(data: str = "aclsum") -> str:
         f"{described({**latest, 'commit': commits})} SmolLM2-135M-Instruct on ACLSum: batches of 4 by length without "
         "padding, the head at target positions alone, matrix products in bfloat16, AdamW, the rate falling to 0 where "
         "the total is spent (with reuse, at the last step; auto makes at most three epochs of steps). Totals are "
-        f"shares of three full epochs; one is {full:,} FLOPs. A run ends before the step that its total does not pay for. "
-        f"Intervals (95 %) are of a bootstrap over the 100 test papers, {RESAMPLES:,} resamples, of the mean over n "
-        "seeds: how runs differ by their seed is not in them. Texts are greedy, for 50 papers. "
+        f"shares of three full epochs; one is {full:,} FLOPs. A run ends before the step that its total does not pay "
+        f"for. Intervals (95 %) are of a bootstrap over the 100 test papers, {RESAMPLES:,} resamples, of the mean over "
+        "n seeds: how runs differ by their seed is not in them. Texts are greedy, for 50 papers. "
         f"{len(results)} runs are there.\n\n"
     )
     loss = (
