@@ -1,6 +1,6 @@
 """The forward pass without blocks: which operators give the same in every epoch, and the least to store of them.
 
-The graph is cut, not the model: :mod:`gtflops.blocks` says what the trainers leave out, this what there is to leave out.
+The graph is cut, not the model: :mod:`gtflops.blocks` says what the trainers leave out, this what there is to leave.
 """
 
 import re
@@ -56,10 +56,10 @@ class ConstantPart:
 def constant_part(
     graph: Graph, prices: npt.NDArray[np.int64], trained: Collection[str], run_after: Collection[int]
 ) -> ConstantPart:
-    """What :meth:`gtflops.Profile.constant_part` says, where ``run_after`` are the nodes that run after the forward pass.
+    """What :meth:`gtflops.Profile.constant_part` says; ``run_after`` are the nodes that run after the forward pass.
 
-    A minimum vertex cut: each constant operator is a vertex with the bytes of its output, the dear ones are sources, and
-    what others than constant operators read are sinks.
+    A minimum vertex cut: each constant operator is a vertex with the bytes of its output, the dear ones are sources,
+    and what is read by others than constant operators are sinks.
     """
     nodes = graph.nodes
     reads, memory = _reads(graph)
@@ -120,9 +120,9 @@ def _reads(graph: Graph) -> tuple[list[tuple[int, ...]], dict[int, int]]:
 
 
 def _bytes_of(graph: Graph, index: int, memory: Mapping[int, int]) -> int | None:
-    """Bytes to store for a node, of a write all of its memory; ``None`` where it is no tensor, or larger than its memory.
+    """Bytes to store for a node, of a write all of its memory; ``None`` where it is no tensor that can be stored.
 
-    What is larger was expanded: what it was expanded from can be stored instead.
+    What is larger than its memory was expanded: what it was expanded from is stored instead.
     """
     node = graph.nodes[index]
     if node.storage is None:
