@@ -408,7 +408,7 @@ class Profile(CopiedByFields):
 
         :meth:`step_flops` with ``reuse="prefix"`` is what the trainers can run, in whole blocks; this is what a finer
         boundary would save. Time is linear in the nodes of the graph but for the cut, which sees only what stands
-        between the last dear operators and what reads them: some 30 ms for 30 layers. InputError as
+        between the last dear operators and what reads them: some 0.1 s for 30 layers, 8,000 nodes. InputError as
         :meth:`step_flops`.
 
         >>> import gtflops, torch
