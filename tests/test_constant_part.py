@@ -253,6 +253,23 @@ def test_a_write_in_place_is_stored_with_all_that_is_in_its_memory() -> None:
     assert part_of(Rows(), torch.rand(7, 5), ["rows.2.weight", "head.weight"]).cache_bytes == 7 * 2 * 4 * 4
 
 
+class Overwritten(torch.nn.Module):
+    """One column of a product is replaced by that of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h[:, 0] = self.second(x)[:, 0]
+        return self.head(h)
+
+
+def test_what_was_there_before_a_write_is_not_stored_besides() -> None:
+    assert part_of(Overwritten(), torch.rand(7, 5), ["head.weight"]).cache_bytes == 7 * 4 * 4
+
+
 # --- closed forms -----------------------------------------------------------------------------------------------
 
 
@@ -307,6 +324,24 @@ def test_a_narrow_layer_is_stored_and_not_its_wide_output() -> None:
 
     layers = [torch.nn.Linear(64, 6), Half(), torch.nn.Linear(1, 8)]
     assert places(part_of(torch.nn.Sequential(*layers), torch.rand(5, 64), ["2.weight"])) == [("1", (5, 1), 5 * 2)]
+
+
+class Rotated(torch.nn.Module):
+    """Scaled by angles that an outer product gives, as in rotary positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = torch.nn.Linear(5, 8), torch.nn.Parameter(torch.rand(8))
+        self.register_buffer("frequencies", torch.rand(1, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) * self.scale * (x[:, :1] @ self.get_buffer("frequencies")).cos()
+
+
+def test_an_outer_product_is_cheap() -> None:
+    part = part_of(Rotated(), torch.rand(7, 5), ["scale"])
+    assert places(part) == [("first", (7, 8), 7 * 8 * 4)]
+    assert part.recomputed == 2 * 7 * 8 + 7 * 8  # the product, and the cosine as one FLOP
 
 
 class Backbone(torch.nn.Module):
