@@ -21,7 +21,8 @@ _RANDOM = re.compile(
     r"multinomial|poisson|binomial|rrelu_with_noise|_sample_dirichlet|_standard_gamma)"
 )
 
-_WRITES = re.compile(r"_(\.\w+)?$|out$")
+#: Operators that write into memory that they are given.
+WRITES = re.compile(r"_(\.\w+)?$|out$")
 _BEFORE = (Phase.PARAMETER, Phase.BUFFER, Phase.BATCH, Phase.CONSTANT)
 
 
@@ -59,7 +60,7 @@ def blocks(graph: Graph, names: Sequence[str], prices: npt.NDArray[np.int64]) ->
     ``prices`` as of :class:`gtflops.Profile`, int64 [2, nodes]: matrix products and the rest.
     """
     nodes = graph.nodes
-    written = _state_written(graph)
+    written = state_written(graph)
     moved_by = {name: 1 << k for k, name in enumerate(names) if graph.gradients[name] is not None}
     for uses, _ in graph.uses:  # training one use moves what the others read
         moved_by.update(dict.fromkeys(uses, sum(moved_by.get(name, 0) for name in uses)))
@@ -76,7 +77,7 @@ def blocks(graph: Graph, names: Sequence[str], prices: npt.NDArray[np.int64]) ->
         for source in node.inputs:
             depends_on[index] |= depends_on[source]
             computed[index] |= computed[source]
-        if _is_never_constant(node.call) or any(nodes[source].storage in written for source in node.inputs):
+        if is_never_constant(node.call) or any(nodes[source].storage in written for source in node.inputs):
             depends_on[index] |= never
         if (path := block_of(node.module)) is not None:
             members.setdefault(path, []).append(index)
@@ -110,18 +111,18 @@ def boundary_bytes(graph: Graph, left_out: Iterable[Block]) -> int:
     return sum(graph.storage_bytes[storage] for storage in taken if storage is not None)
 
 
-def _state_written(graph: Graph) -> set[int]:
+def state_written(graph: Graph) -> set[int]:
     """The memory, there before the step, that its forward pass writes into: what reads it gives another each time."""
     before = {node.storage for node in graph.nodes if node.phase in _BEFORE}
     written = {
         node.storage
         for node in graph.nodes
-        if node.phase is Phase.FORWARD and node.storage in before and _WRITES.search(node.call.op)
+        if node.phase is Phase.FORWARD and node.storage in before and WRITES.search(node.call.op)
     }
     return {storage for storage in written if storage is not None}
 
 
-def _is_never_constant(call: Call) -> bool:
+def is_never_constant(call: Call) -> bool:
     """Whether an operator gives others each time, or an example's output depends on the others of its batch."""
     name = call.op.rsplit(".", 1)[0]
     if "batch_norm" in name and "backward" not in name and not name.endswith(("_no_training", "_no_update")):

@@ -1,5 +1,6 @@
 """An operator call as plain data: what a price is a function of."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +13,8 @@ class TensorType:
 
     >>> TensorType((4, 512), "float32").numel
     2048
+    >>> [TensorType((3,), dtype).num_bytes for dtype in ("bool", "bfloat16", "float8_e4m3fn", "complex64")]
+    [3, 6, 3, 24]
     """
 
     shape: tuple[int, ...]
@@ -20,6 +23,11 @@ class TensorType:
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return self.numel * (max(1, int(bits.group()) // 8) if bits else 1)
 
     @property
     def is_floating(self) -> bool:
