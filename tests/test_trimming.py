@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers as hf
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -360,7 +361,9 @@ def test_models_that_are_left_as_they_are(make: Callable[[], Trim], why: str) ->
 def test_mixed_precision_around_the_forward_pass_is_seen_through() -> None:
     """What accelerate does to the model of a Trainer with bf16, which is what most are trained with."""
     batch, plain = batch_of("llama", [9, 5, 11]), build("llama")
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before this one, and for those after it
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare(copy.deepcopy(plain))
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert "forward" in vars(model)
     with warnings.catch_warnings(action="error"), Trim(model) as trim:
         trimmed = trim(batch)
