@@ -274,6 +274,8 @@ def figure(runs: Mapping[tuple[str, float], Runs], path: Path) -> None:
             axes.errorbar(
                 shifted, [loss.value for _, loss in points], yerr=bars, marker="o", capsize=2, label=LABELS[scheme]
             )
+    axes.set_xlim(0.15, 1.1)
+    axes.set_xticks(TOTALS)
     axes.set_xlabel("total FLOPs, as a share of three full epochs")
     axes.set_ylabel("test loss of a target token")
     axes.legend(fontsize="small")
