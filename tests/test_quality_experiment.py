@@ -86,7 +86,11 @@ def test_the_plan_has_every_cell_and_chooses_rates_first(experiment: SimpleNames
     planned = {(cell.scheme, cell.total, cell.seed) for cell in cells.plan("aclsum", known)}
     for scheme in cells.SCHEMES:
         assert {(scheme, total, seed) for total in cells.TOTALS for seed in cells.SEEDS} <= planned
-    assert {scheme for scheme, _, _ in planned} == {*cells.SCHEMES, *cells.ABLATIONS, "untrained"}
+    assert {scheme for scheme, _, _ in planned} == {
+        *(*cells.SCHEMES, *cells.ABLATIONS, *cells.BELOW_FORWARD),
+        "untrained",
+    }
+    assert all(cell.epochs == 5 for cell in cells.plan("aclsum", known) if cell.scheme in cells.BELOW_FORWARD)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +100,11 @@ def test_the_plan_has_every_cell_and_chooses_rates_first(experiment: SimpleNames
         "lora",
         "published@0.7",
         "reuse",
+        "top1",
         *(
             pytest.param(scheme, marks=pytest.mark.slow)
             for scheme in (
                 "prefix",
-                "top1",
                 "lisa",
                 "gt@0.7",
                 "random@0.7",
@@ -120,18 +124,21 @@ def test_a_run_spends_its_total_and_no_more(
     made = small()
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
     of_epoch = experiment.quality.epoch_flops(made.model, made.tokenizer, DATA)
-    cell = experiment.cells.Cell("words", scheme, 0.5, 1e-3, 1)
+    total = 1.0 if scheme in ("auto", "reuse") else 0.5
+    cell = experiment.cells.Cell("words", scheme, total, 1e-3, 1)
     result = json.loads(json.dumps(experiment.quality.run(cell, made, DATA, of_epoch)))
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.state_dict().items())
     assert result["planned"] == result["executed"]
     spent = result["planned"] + result["measuring"]
     dearest = 2 * of_epoch / 4  # a step of the longest examples, and a measurement
-    assert result["until"] == int(0.5 * 3 * of_epoch)
+    assert result["until"] == int(total * 3 * of_epoch)
     assert result["until"] - dearest <= spent <= result["until"]
     assert len(result["test"]["losses"]) == len(result["test"]["tokens"]) == 7
     assert len(result["test"]["texts"]) == 3
-    assert "validation" not in result
+    assert len(result["validation"]["losses"]) == 5
+    if scheme == "top1":
+        assert 0 < result["captured"] < 1
     assert bool(result["selections"][0]["held"]) <= (scheme in ("auto", "reuse"))
 
 

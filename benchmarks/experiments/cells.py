@@ -17,13 +17,15 @@ SEEDS = (1, 2, 3)
 #: Learning rates are chosen from one grid for all schemes, by validation loss alone, at the smallest total and with a
 #: seed that no table has. Where the search begins is a guess: it ends at a rate that is better than both beside it.
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-FIRST_RATE = {"lora": 1e-3, "prefix": 1e-2}
+FIRST_RATE = {"lora": 1e-3, "prefix": 1e-2, "reuse": 3e-4}
 TUNING_SEED, TUNING_TOTAL = 0, 0.25
 
 CORE = ("full", "lora", "top15", "gt@0.7", "auto", "reuse")
 SCHEMES = (*CORE, "gt@0.5", "gt@0.9", "top5", "lisa", "prefix")
 #: Other ways to choose tensors at the budget of gt@0.7, to measure importance and to select, at the rate of that.
 ABLATIONS = ("exact@0.7", "random@0.7", "largest@0.7", "published@0.7", "two-pass@0.7", "once@0.7", "often@0.7")
+#: Below the forward pass, by a budget of each step instead of a total.
+BELOW_FORWARD = {"reuse@0.3": 0.3, "reuse@0.2": 0.2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class Cell:
     def tunes(self) -> bool:
         """Whether it is for the choice of a rate: measured on validation examples alone."""
         return self.seed == TUNING_SEED
+
+    @property
+    def epochs(self) -> int:
+        """What reuse and auto are told; others pass over the data until their total is spent."""
+        return EPOCHS if self.total <= min(TOTALS) else 5
 
 
 Read = Callable[[Cell], Mapping[str, Any] | None]
@@ -95,6 +102,8 @@ def rate_for(data: str, scheme: str, read: Read = result_of) -> tuple[float | No
 def _tuned_as(scheme: str) -> str:
     """Ways to choose within a budget are compared at one rate."""
     name, at, budget = scheme.partition("@")
+    if name == "reuse":
+        return name
     return f"gt@{budget}" if at and name != "gt" else scheme
 
 
@@ -107,10 +116,12 @@ def plan(data: str, read: Read = result_of) -> Iterator[Cell]:
     stages: Sequence[tuple[Sequence[str], Sequence[float], Sequence[int]]] = (
         (CORE, (0.25,), (1,)),
         (CORE, (0.5,), (1,)),
+        *(((scheme,), (5 * budget / EPOCHS,), (1,)) for scheme, budget in BELOW_FORWARD.items()),
         (CORE, (0.25,), SEEDS),
+        (ABLATIONS, (0.25,), (1,)),
         (SCHEMES, (0.25, 0.5), (1,)),
         (CORE, (0.5, 1.0), SEEDS),
-        (ABLATIONS, (0.5,), SEEDS),
+        (ABLATIONS, (0.25,), SEEDS),
         (SCHEMES, TOTALS, SEEDS),
     )
     for number, (schemes, totals, seeds) in enumerate(stages):

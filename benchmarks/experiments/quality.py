@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -70,14 +70,12 @@ def settings_of(cell: Cell, data: DataSet, flops: int, store: Path) -> FineTuneS
     if name in ("gt", "two-pass", "once", "often"):
         every: Every = {"once": common.steps, "often": OFTEN}.get(name, "epoch")
         return replace(common, scheme="greentrainer", budget=float(budget), every=every)
-    if name == "auto":  # the three epochs that the total does not pay for in full
-        total = Auto(Total(flops=flops))
-        return replace(
-            common, scheme="greentrainer", budget=total, until=None, steps=EPOCHS * steps_in_epoch, store=store
-        )
-    if name == "reuse":  # the same three epochs, or twice as many where the total pays for all of them
-        steps = (EPOCHS if cell.total < 1 else 2 * EPOCHS) * steps_in_epoch
-        return replace(common, scheme="greentrainer", budget=Total(flops=flops), until=None, steps=steps, store=store)
+    if name in ("auto", "reuse"):
+        total = Total(flops=flops)
+        of_run = replace(common, scheme="greentrainer", until=None, steps=cell.epochs * steps_in_epoch, store=store)
+        if budget:
+            return replace(of_run, budget=float(budget))
+        return replace(of_run, budget=Auto(total) if name == "auto" else total)
     return replace(common, scheme=name, every=LISA_EVERY if name == "lisa" else "epoch")
 
 
@@ -139,11 +137,24 @@ def texts(model: Any, tokenizer: Any, examples: Sequence[Example], data: DataSet
 
 
 def evaluated(model: Any, tokenizer: Any, data: DataSet, *, tunes: bool) -> dict[str, Any]:
-    """What choices are made by, or what is for tables alone."""
+    """What choices are made by, and what is for tables alone."""
+    found = {"validation": losses(model, tokenizer, data.validation, data)}
     if tunes:
-        return {"validation": losses(model, tokenizer, data.validation, data)}
+        return found
     test = losses(model, tokenizer, data.test, data)
-    return {"test": {**test, "texts": texts(model, tokenizer, data.test[:NUM_TEXTS], data)}}
+    return found | {"test": {**test, "texts": texts(model, tokenizer, data.test[:NUM_TEXTS], data)}}
+
+
+def captured_by(names: Collection[str], pretrained: Pretrained, data: DataSet, cell: Cell) -> float:
+    """Share of the importance that tensors have before the first step, for a scheme that measures none itself."""
+    model = in_bfloat16(copy.deepcopy(pretrained.model)).train()
+    batches = EpochBatches(
+        data.train, pretrained.tokenizer, batch_size=BATCH_SIZE, seq_len=data.seq_len, seed=cell.seed, grouped=True
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cell.rate)
+    importance = measure_importance(model, [next(iter(batches))], optimizer)
+    positive = {name: value for name, value in importance.items() if value > 0}
+    return math.fsum(value for name, value in positive.items() if name in names) / math.fsum(positive.values())
 
 
 def run(cell: Cell, pretrained: Pretrained, data: DataSet, flops_of_epoch: int) -> dict[str, Any]:
@@ -173,6 +184,8 @@ def run(cell: Cell, pretrained: Pretrained, data: DataSet, flops_of_epoch: int) 
             if not (isinstance(error, InfeasibleBudgetError) or str(error).startswith("the loss is")):
                 raise
             return result | {"failed": str(error)}
+    if cell.scheme.startswith("top"):
+        result["captured"] = captured_by(made.trained, pretrained, data, cell)
     return result | {"until": flops, **described(made), **measured, "seconds": time.perf_counter() - started}
 
 
