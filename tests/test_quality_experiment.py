@@ -14,6 +14,7 @@ import torch
 
 import gtflops
 from gtflops.recipes.datasets import DataSet, Example
+from gtflops.recipes.evaluation import likeliest
 from gtflops.recipes.models import Pretrained
 from small_models import build
 from small_tokenizer import WORDS, word_tokenizer
@@ -60,37 +61,37 @@ def test_the_rate_is_better_than_both_beside_it(experiment: SimpleNamespace) -> 
     true = {1e-5: 3.0, 3e-5: 2.0, 1e-4: 1.5, 3e-4: 1.0, 1e-3: 2.0, 3e-3: math.inf}
     asked = []
     while True:
-        rate, needed = rate_for("aclsum", "full", losses_by_rate(losses))
+        rate, needed = rate_for("full", losses_by_rate(losses))
         if needed is None:
             break
         asked.append(needed.rate)
         losses[needed.rate] = true[needed.rate]
     assert rate == 3e-4
     assert asked == [1e-4, 3e-5, 3e-4, 1e-3], "and no other runs were made"
-    assert rate_for("aclsum", "random@0.7", losses_by_rate(losses))[0] is not None, "at the rate of gt@0.7"
+    assert rate_for("random@0.7", losses_by_rate(losses))[0] is not None, "at the rate of gt@0.7"
 
 
 def test_the_search_ends_at_the_ends_of_the_grid(experiment: SimpleNamespace) -> None:
     grid = experiment.cells.GRID
     falling = {rate: 1 / rate for rate in grid}
-    assert experiment.cells.rate_for("aclsum", "full", losses_by_rate(falling)) == (grid[-1], None)
+    assert experiment.cells.rate_for("full", losses_by_rate(falling)) == (grid[-1], None)
     rising = {rate: math.inf if rate > 1e-4 else rate for rate in grid}
-    assert experiment.cells.rate_for("aclsum", "lora", losses_by_rate(rising)) == (grid[0], None)
+    assert experiment.cells.rate_for("lora", losses_by_rate(rising)) == (grid[0], None)
 
 
 def test_the_plan_has_every_cell_and_chooses_rates_first(experiment: SimpleNamespace) -> None:
     cells = experiment.cells
-    bare = list(cells.plan("aclsum", lambda cell: None))
+    bare = list(cells.plan(lambda cell: None))
     assert {cell.scheme for cell in bare if not cell.tunes} == {"untrained"}, "nothing is run at a rate not chosen"
     known = losses_by_rate({rate: abs(math.log10(rate) + 4) for rate in cells.GRID})
-    planned = {(cell.scheme, cell.total, cell.seed) for cell in cells.plan("aclsum", known)}
+    planned = {(cell.scheme, cell.total, cell.seed) for cell in cells.plan(known)}
     for scheme in cells.SCHEMES:
         assert {(scheme, total, seed) for total in cells.TOTALS for seed in cells.SEEDS} <= planned
     assert {scheme for scheme, _, _ in planned} == {
         *(*cells.SCHEMES, *cells.ABLATIONS, *cells.BELOW_FORWARD),
         "untrained",
     }
-    assert all(cell.epochs == 5 for cell in cells.plan("aclsum", known) if cell.scheme in cells.BELOW_FORWARD)
+    assert all(cell.epochs == 5 for cell in cells.plan(known) if cell.scheme in cells.BELOW_FORWARD)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,44 @@ def test_tables_are_of_the_runs(experiment: SimpleNamespace, tmp_path: Path) -> 
     assert "| 0.25 | full, fewer steps | 1e-04 | 5 | 0.9600 | 0.1600 |" in tables.details(runs)
     tables.figure(runs, tmp_path / "figure.svg")
     assert "full, fewer steps" in (tmp_path / "figure.svg").read_text(encoding="utf-8")
+
+
+def test_tables_of_five_epochs_and_of_reviews(experiment: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells, tables = experiment.cells, experiment.tables
+    known = losses_by_rate({rate: abs(math.log10(rate) + 4) for rate in cells.GRID})
+    results = [
+        {"cell": asdict(cells.Cell("aclsum", scheme, 0.25, rate, 0)), "validation": {"losses": [loss], "tokens": [1]}}
+        for scheme in ("full", "reuse", "top15")
+        for rate, loss in ((3e-5, 2.5), (1e-4, 2.0), (3e-4, 2.25), (1e-3, 3.0))
+    ]
+    validation = {"validation": {"losses": [5.0, 3.0], "tokens": [2, 2]}}
+    selected = {"selections": [{"captured": 0.5}, {"captured": 0.25}]}
+    for scheme, more in (("full", {}), ("reuse@0.3", selected), ("top15", {"captured": 0.125})):
+        cell = cells.Cell("aclsum", scheme, 0.5, 1e-4, 1)
+        results.append(result_of(cell, [2.0, 4.0, 6.0] * 2, []) | validation | more)
+    table = tables.epochs(tables.runs_of(results))
+    assert "| 0.3 | full, fewer steps | 5 | 0.9600 | 100.0% | 2.000 | 2.000 (2.000 to 2.000) | n=1 |" in table
+    assert "| 0.3 | selection with reuse at 0.3 | 5 | 0.9600 | 37.5% |" in table
+    assert "| 0.3 | top 15 of 30 layers | 5 | 0.9600 | 12.5% |" in table
+
+    monkeypatch.setattr(tables, "_targets", lambda data: (" positive", " negative"))
+    of_review = result_of(cells.Cell("drug-reviews", "full", 0.25, 1e-4, 1), [1.0, 3.0], [])
+    of_review["test"]["chosen"] = [" positive", " neutral"]
+    runs = tables.runs_of([*results, of_review], "drug-reviews")
+    assert "| full, fewer steps | 1e-04 | 5 | 0.9600 | 1.000 (0.500 to 1.500), n=1 |  | 50.000" in tables.reviews(runs)
+    assert {cell.data for cell in cells.plan(known)} == set(cells.DATA_SETS)
+
+
+def test_choices_are_made_by_their_losses(experiment: SimpleNamespace) -> None:
+    made = small()
+    choices = ("the cat", "a model learns", "it")
+    examples = [replace(one, target=choices[index % 3], choices=choices) for index, one in enumerate(DATA.test)]
+    found = experiment.quality.of_choices(made.model, made.tokenizer, examples, DATA)
+    sizes = {"seq_len": DATA.seq_len, "target_len": DATA.target_len, "batch_size": 4}
+    assert found["chosen"] == likeliest(made.model, made.tokenizer, examples, **sizes)
+    alone = experiment.quality.losses(made.model, made.tokenizer, examples, DATA)
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert found["tokens"] == alone["tokens"]
 
 
 def test_one_process_has_a_cell_at_a_time(

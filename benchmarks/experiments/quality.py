@@ -1,7 +1,8 @@
 """Quality at equal total FLOPs: runs what is not done yet of the plan in cells.py, until it is ended.
 
 ``make experiment-quality``: Ctrl-C ends it; what is done is kept, a file a run in ``results/quality``, and is skipped
-the next time; several of them share the work. SmolLM2-135M on ACLSum, in batches of 4 by length without padding, with
+the next time; several of them share the work. SmolLM2-135M on ACLSum (and on reviews, whose ratings are to be told, in
+fewer cells), in batches of 4 by length without padding, with
 the head at target positions alone, for every scheme alike; matrix products in bfloat16 by autocast, weights and
 optimizer in float32.
 """
@@ -17,14 +18,16 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
-from experiments.cells import EPOCHS, Cell, plan, result_of
+from experiments import drug_reviews
+from experiments.cells import DATA_SETS, EPOCHS, REVIEWS, Cell, plan, result_of
 from experiments.provenance import provenance
 from experiments.rules import RULES, ByRule
 from gtflops.errors import GtflopsError, InfeasibleBudgetError
@@ -141,8 +144,21 @@ def evaluated(model: Any, tokenizer: Any, data: DataSet, *, tunes: bool) -> dict
     found = {"validation": losses(model, tokenizer, data.validation, data)}
     if tunes:
         return found
+    if data.metric == "choices":
+        return found | {"test": of_choices(model, tokenizer, data.test, data)}
     test = losses(model, tokenizer, data.test, data)
     return found | {"test": {**test, "texts": texts(model, tokenizer, data.test[:NUM_TEXTS], data)}}
+
+
+def of_choices(model: Any, tokenizer: Any, examples: Sequence[Example], data: DataSet) -> dict[str, list[Any]]:
+    """Losses of the targets, and which choice is the likeliest."""
+    choices = examples[0].choices
+    each = [losses(model, tokenizer, [replace(one, target=choice) for one in examples], data) for choice in choices]
+    right = [choices.index(example.target) for example in examples]
+    return {
+        **{of: [each[choice][of][index] for index, choice in enumerate(right)] for of in ("losses", "tokens")},
+        "chosen": [choices[int(np.argmin(values))] for values in zip(*(one["losses"] for one in each), strict=True)],
+    }
 
 
 def captured_by(names: Collection[str], pretrained: Pretrained, data: DataSet, cell: Cell) -> float:
@@ -250,29 +266,33 @@ def _process(number: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="aclsum")
+    parser.add_argument("--data", choices=DATA_SETS, help="one set of data; all unless given")
     parser.add_argument("--most", type=int, help="runs to make; all unless given")
     given = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    pretrained, data = load_pretrained(SMOLLM2), load(given.data)
-    flops_of_epoch = epoch_flops(in_bfloat16(copy.deepcopy(pretrained.model)), pretrained.tokenizer, data)
-    print(f"{data.name}: a full epoch is {flops_of_epoch:,} FLOPs", flush=True)
-    left, made_by = (
-        math.inf if given.most is None else given.most,
-        provenance(f"python -m experiments.quality --data {given.data}"),
-    )
+    pretrained = load_pretrained(SMOLLM2)
+
+    @cache
+    def data_set(name: str) -> tuple[DataSet, int]:
+        """With the FLOPs of a full epoch."""
+        data = drug_reviews.load() if name == REVIEWS else load(name)
+        flops = epoch_flops(in_bfloat16(copy.deepcopy(pretrained.model)), pretrained.tokenizer, data)
+        print(f"{name}: a full epoch is {flops:,} FLOPs", flush=True)
+        return data, flops
+
+    left, made_by = math.inf if given.most is None else given.most, provenance("python -m experiments.quality")
     while left > 0:
-        for cell in plan(given.data):
-            if result_of(cell) is not None:
+        for cell in plan():
+            if result_of(cell) is not None or given.data not in (None, cell.data):
                 continue
             with claimed(cell) as is_ours:
                 if not is_ours or result_of(cell) is not None:
                     continue
                 started = time.perf_counter()
-                result = run(cell, pretrained, data, flops_of_epoch) | {"made": made_by}
+                result = run(cell, pretrained, *data_set(cell.data)) | {"made": made_by}
                 write_whole(cell.path, json.dumps(result, indent=1) + "\n")
-                print(f"{cell.name}: {time.perf_counter() - started:.0f} s", flush=True)
+                print(f"{cell.data} {cell.name}: {time.perf_counter() - started:.0f} s", flush=True)
             break
         else:
             return

@@ -11,10 +11,16 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
+from experiments import drug_reviews
 from experiments.cells import (
     ABLATIONS,
+    ACLSUM,
+    BELOW_FORWARD,
+    CORE,
+    EPOCHS,
     GRID,
     RESULTS,
+    REVIEWS,
     SCHEMES,
     TOTALS,
     TUNING_SEED,
@@ -28,10 +34,11 @@ from gtflops.recipes.datasets import load
 from gtflops.recipes.metrics import rouge
 from markdown_table import marked, table
 
-#: Test examples of a paper stand together: they are resampled together.
-ASPECTS = 3
+#: Test examples that stand together are resampled together: the three aspects of a paper, a review by itself.
+TOGETHER = {ACLSUM: 3, REVIEWS: 1}
 RESAMPLES = 2000
 LABELS = {
+    "untrained": "without training",
     "full": "full, fewer steps",
     "lora": "LoRA",
     "prefix": "prefix tuning",
@@ -41,8 +48,10 @@ LABELS = {
     "gt@0.5": "selection at 0.5",
     "gt@0.7": "selection at 0.7",
     "gt@0.9": "selection at 0.9",
-    "reuse": "selection with reuse, 3 epochs",
+    "reuse": "selection with reuse",
     "auto": "auto, reuse among what it may choose",
+    "reuse@0.3": "selection with reuse at 0.3",
+    "reuse@0.2": "selection with reuse at 0.2",
     "random@0.7": "random importances at 0.7",
     "largest@0.7": "largest importance first, at 0.7",
     "exact@0.7": "exact selection at 0.7, by the same rules",
@@ -55,7 +64,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the 95 % interval of a bootstrap over test papers."""
+    """A mean with the 95 % interval of a bootstrap over test papers, or reviews."""
 
     value: float
     low: float
@@ -89,8 +98,9 @@ class Runs:
     @cached_property
     def losses(self) -> np.ndarray:
         """Sum over target tokens and their number, by paper; the mean over seeds."""
-        each = [[_by_paper(result["test"]["losses"]), _by_paper(result["test"]["tokens"])] for result in self.results]
-        return np.mean(each, axis=0)
+        return np.mean(
+            [[self._by_paper(one["test"][of]) for of in ("losses", "tokens")] for one in self.results], axis=0
+        )
 
     @property
     def loss(self) -> Interval:
@@ -111,15 +121,50 @@ class Runs:
 
     def rouge(self, name: str) -> Interval:
         """In percent, the mean over seeds."""
-        each = [_by_paper(_scores(tuple(result["test"]["texts"]))[name]) / ASPECTS for result in self.results]
+        each = [self._by_paper(_scores(tuple(one["test"]["texts"]))[name]) / self._together for one in self.results]
         return _interval(np.mean, np.mean(each, axis=0))
+
+    @property
+    def accuracy(self) -> Interval:
+        """In percent of test examples whose likeliest choice is the right one, the mean over seeds."""
+        targets = _targets(REVIEWS)
+        each = [
+            [100.0 * (chosen == target) for chosen, target in zip(one["test"]["chosen"], targets, strict=True)]
+            for one in self.results
+        ]
+        return _interval(np.mean, np.mean(each, axis=0))
+
+    @property
+    def validation(self) -> float:
+        """Mean loss of a target token on the validation examples, the mean over seeds that measured it."""
+        return float(np.mean([validation_loss(one) for one in self.results if "validation" in one] or math.nan))
+
+    @property
+    def captured(self) -> float | None:
+        """Share of the importance that is trained, the mean over selections; ``None`` where none was measured."""
+        if self.scheme == "full":
+            return 1.0
+        each = [
+            [one["captured"]] if "captured" in one else [made["captured"] for made in one["selections"]]
+            for one in self.results
+        ]
+        known = [[share for share in shares if share is not None] for shares in each]
+        return float(np.mean([np.mean(shares) for shares in known])) if all(known) else None
 
     def mean(self, field: str) -> float:
         return float(np.mean([result[field] for result in self.results]))
 
+    @property
+    def spent(self) -> float:
+        """Steps executed and measuring planned, as a share of the total."""
+        return (self.mean("executed") + self.mean("measuring")) / self.mean("until")
 
-def _by_paper(values: Sequence[float]) -> np.ndarray:
-    return np.asarray(values, dtype=float).reshape(-1, ASPECTS).sum(axis=1)
+    @property
+    def _together(self) -> int:
+        return TOGETHER[self.results[0]["cell"]["data"]]
+
+    def _by_paper(self, values: Sequence[float]) -> np.ndarray:
+        return np.asarray(values, dtype=float).reshape(-1, self._together).sum(axis=1)
 
 
 def _per_token(losses: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -133,30 +178,31 @@ def _interval(statistic: Any, *samples: np.ndarray) -> Interval:
 
 
 @cache
-def _references() -> tuple[str, ...]:
-    return tuple(example.target for example in load("aclsum").test)
+def _targets(data: str) -> tuple[str, ...]:
+    test = (drug_reviews.load() if data == REVIEWS else load(data)).test
+    return tuple(example.target for example in test)
 
 
 @cache
 def _scores(texts: tuple[str, ...]) -> dict[str, list[float]]:
     """ROUGE of each of the first test examples, by name."""
-    each = [rouge([text], [reference]) for text, reference in zip(texts, _references(), strict=False)]
+    each = [rouge([text], [reference]) for text, reference in zip(texts, _targets(ACLSUM), strict=False)]
     return {name: [scores[name] for scores in each] for name in each[0]}
 
 
-def read(data: str, folder: Path = RESULTS) -> list[Mapping[str, Any]]:
-    """All raw results of a data set."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / data).glob("*.json"))]
+def read(folder: Path = RESULTS) -> list[Mapping[str, Any]]:
+    """All raw results."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
 
 
-def runs_of(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, float], Runs]:
-    """What tables are made of, by scheme and total: runs at the rate that was chosen."""
+def runs_of(results: Iterable[Mapping[str, Any]], data: str = ACLSUM) -> dict[tuple[str, float], Runs]:
+    """What tables of a data set are made of, by scheme and total: runs at the rate that was chosen."""
     by_cell = {Cell(**result["cell"]): result for result in results}
     found: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for cell, result in by_cell.items():
-        if cell.seed == TUNING_SEED:
+        if cell.data != data or cell.seed == TUNING_SEED:
             continue
-        if cell.scheme == "untrained" or rate_for(cell.data, cell.scheme, by_cell.get)[0] == cell.rate:
+        if cell.scheme == "untrained" or rate_for(cell.scheme, by_cell.get)[0] == cell.rate:
             found.setdefault((cell.scheme, cell.total), []).append(result)
     runs = {}
     for key, each in found.items():
@@ -173,7 +219,7 @@ def rates(results: Sequence[Mapping[str, Any]]) -> str:
         of_scheme = {cell.rate: one for cell, one in by_cell.items() if cell.scheme == scheme and cell.tunes}
         if not of_scheme:
             continue
-        chosen, _ = rate_for("aclsum", scheme, by_cell.get)
+        chosen, _ = rate_for(scheme, by_cell.get)
         cells = []
         for rate in GRID:
             text = "" if rate not in of_scheme else f"{validation_loss(of_scheme[rate]):.3f}"
@@ -220,7 +266,6 @@ def details(runs: Mapping[tuple[str, float], Runs]) -> str:
         for scheme in (*SCHEMES, *ABLATIONS):
             if (one := runs.get((scheme, total))) is None or not one.results:
                 continue
-            spent = one.mean("executed") + one.mean("measuring")
             energies = [result["energy"] for result in one.results if result["energy"].get("tracking") == "process"]
             rows.append(
                 [
@@ -228,7 +273,7 @@ def details(runs: Mapping[tuple[str, float], Runs]) -> str:
                     LABELS[scheme],
                     f"{one.results[0]['cell']['rate']:.0e}",
                     f"{one.mean('steps'):.0f}",
-                    f"{spent / one.mean('until'):.4f}",
+                    f"{one.spent:.4f}",
                     f"{one.mean('measuring') / one.mean('until'):.4f}",
                     *(str(one.rouge(name)) for name in ("rouge1", "rouge2", "rougeL")),
                     f"{one.seeds_apart:.3f}" if len(one.results) > 1 else "",
@@ -282,26 +327,78 @@ def figure(runs: Mapping[tuple[str, float], Runs], path: Path) -> None:
     drawing.savefig(path, metadata={"Date": None})
 
 
-def draw(path: Path, data: str = "aclsum") -> None:
-    """The figure of all runs that are there."""
+def epochs(runs: Mapping[tuple[str, float], Runs]) -> str:
+    """What the FLOPs of five epochs at 0.3 of full steps, and at 0.2, bring."""
+    totals = {5 * budget / EPOCHS: budget for budget in BELOW_FORWARD.values()}
+    rows = []
+    for (scheme, total), one in runs.items():
+        if total not in totals or not one.results:
+            continue
+        captured = one.captured
+        rows.append(
+            (
+                (-total, one.validation),
+                [
+                    f"{totals[total]:g}",
+                    LABELS[scheme],
+                    f"{one.mean('steps'):.0f}",
+                    f"{one.spent:.4f}",
+                    "not measured" if captured is None else f"{100 * captured:.1f}%",
+                    f"{one.validation:.3f}",
+                    str(one.loss),
+                    one.number,
+                ],
+            )
+        )
+    if not rows:
+        return ""
+    return table(
+        "budget of five epochs | scheme | steps | of the total: steps executed, measuring planned | importance "
+        "captured | validation loss | test loss | runs",
+        [row for _, row in sorted(rows, key=lambda each: each[0])],
+    )
+
+
+def reviews(runs: Mapping[tuple[str, float], Runs]) -> str:
+    """Loss and accuracy where ratings are to be told."""
+    rows = []
+    for scheme in ("untrained", *CORE):
+        if (one := runs.get((scheme, 0.0 if scheme == "untrained" else min(TOTALS)))) is None or not one.results:
+            continue
+        full = runs.get(("full", one.total))
+        above = "" if full is None or scheme == "full" or not one.seeds & full.seeds else str(one.above(full))
+        steps = ["", "", ""]
+        if scheme != "untrained":
+            steps = [f"{one.results[0]['cell']['rate']:.0e}", f"{one.mean('steps'):.0f}", f"{one.spent:.4f}"]
+        rows.append([LABELS[scheme], *steps, f"{one.loss}, {one.number}", above, str(one.accuracy)])
+    return table(
+        "scheme | rate | steps | of the total | test loss of a target token | above full | accuracy in percent", rows
+    )
+
+
+def draw(path: Path) -> None:
+    """The figure of all runs on ACLSum."""
     path.parent.mkdir(exist_ok=True)
-    figure(runs_of(read(data)), path)
+    figure(runs_of(read()), path)
 
 
-def section(data: str = "aclsum") -> str:
+def section() -> str:
     """For RESULTS.md."""
-    results = read(data)
+    results = read()
     if not results:
         return ""
     runs = runs_of(results)
-    full = results[0]["epoch_flops"]
+    full, full_of_reviews = (
+        next((one["epoch_flops"] for one in results if one["cell"]["data"] == data), 0) for data in (ACLSUM, REVIEWS)
+    )
     latest = max((result["made"] for result in results), key=lambda made: str(made["date"]))
     commits = ", ".join(sorted({result["made"]["commit"] for result in results}))
     setting = (
         f"{described({**latest, 'commit': commits})} SmolLM2-135M-Instruct on ACLSum: batches of 4 by length without "
         "padding, the head at target positions alone, matrix products in bfloat16, AdamW, the rate falling to 0 where "
-        "the total is spent (with reuse, at the last step; auto makes at most three epochs of steps). Totals are "
-        f"shares of three full epochs; one is {full:,} FLOPs. A run ends before the step that its total does not pay "
+        "the total is spent (with reuse, at the last step). Totals are shares of three full epochs; one is "
+        f"{full:,} FLOPs. Reuse and auto are told three epochs at total {min(TOTALS):g} and five at larger ones, the "
+        "others pass over the data until the total is spent. A run ends before the step that its total does not pay "
         f"for. Intervals (95 %) are of a bootstrap over the 100 test papers, {RESAMPLES:,} resamples, of the mean over "
         "n seeds: how runs differ by their seed is not in them. Texts are greedy, for 50 papers. "
         f"{len(results)} runs are there.\n\n"
@@ -313,8 +410,15 @@ def section(data: str = "aclsum") -> str:
         f"Learning rates were chosen at total {TUNING_TOTAL:g} alone, by the validation loss of one run each, with a "
         f"seed of their own:\n\n{rates(results)}\n"
     )
-    return (
-        "## Quality at equal total FLOPs\n\n"
-        + marked("quality", setting + loss)
-        + f"\nWhat the runs took, on a machine that did other things besides:\n\n{details(runs)}"
-    )
+    text = "## Quality at equal total FLOPs\n\n" + marked("quality", setting + loss)
+    text += f"\nWhat the runs took, on a machine that did other things besides:\n\n{details(runs)}"
+    if rows := epochs(runs):
+        text += "\n### The FLOPs of five epochs below the forward pass\n\n" + marked("quality-epochs", rows)
+    if of_reviews := runs_of(results, REVIEWS):
+        text += (
+            "\n### Ratings of reviews\n\nUCI's drug reviews, of which a package carries a part: 500 to train on, 240 "
+            "to test with; negative, neutral or positive is to be told, by the likeliest of the three words. Total "
+            f"{min(TOTALS):g} of three epochs, of {full_of_reviews:,} FLOPs each; the rates are those of ACLSum.\n\n"
+            + marked("quality-reviews", reviews(of_reviews))
+        )
+    return text
