@@ -589,7 +589,7 @@ class GreenTrainer:
     def _require_left(self, progress: Progress, flops: int) -> None:
         """BudgetSpentError where the budget of the run does not pay for ``flops``."""
         # What was spent ahead is spent, whoever pays it back.
-        flops += self._owed
+        progress = replace(progress, spent_flops=progress.spent_flops + self._owed)
 
         def exhausted() -> str | None:
             until = None if self.until is None else self.until.exhausted(progress, flops)
