@@ -28,8 +28,8 @@ CORE = ("full", "lora", "top15", "gt@0.7", "auto", "reuse")
 SCHEMES = (*CORE, "gt@0.5", "gt@0.9", "top5", "lisa", "prefix")
 #: Other ways to choose tensors at the budget of gt@0.7, to measure importance and to select, at the rate of that.
 ABLATIONS = ("exact@0.7", "random@0.7", "largest@0.7", "published@0.7", "two-pass@0.7", "once@0.7", "often@0.7")
-#: Below the forward pass, by a budget of each step instead of a total.
-BELOW_FORWARD = {"reuse@0.3": 0.3, "reuse@0.2": 0.2}
+#: Budgets of five epochs that are below the forward pass, by what they come to as a total.
+BELOW_FORWARD = {5 * budget / EPOCHS: budget for budget in (0.3, 0.2)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,6 @@ def rate_for(scheme: str, read: Read = result_of) -> tuple[float | None, Cell | 
 def _tuned_as(scheme: str) -> str:
     """Ways to choose within a budget are compared at one rate."""
     name, at, budget = scheme.partition("@")
-    if name == "reuse":
-        return name
     return f"gt@{budget}" if at and name != "gt" else scheme
 
 
@@ -121,7 +119,7 @@ def plan(read: Read = result_of) -> Iterator[Cell]:
         (ACLSUM, CORE, (0.25,), (1,)),
         (ACLSUM, ("untrained",), (0.0,), (1,)),
         (ACLSUM, CORE, (0.5,), (1,)),
-        *((ACLSUM, (scheme,), (5 * budget / EPOCHS,), (1,)) for scheme, budget in BELOW_FORWARD.items()),
+        (ACLSUM, ("reuse",), tuple(BELOW_FORWARD), (1,)),
         (REVIEWS, ("untrained",), (0.0,), (1,)),
         (REVIEWS, CORE, (0.25,), (1,)),
         (ACLSUM, CORE, (0.25,), SEEDS),

@@ -74,11 +74,11 @@ def settings_of(cell: Cell, data: DataSet, flops: int, store: Path) -> FineTuneS
         every: Every = {"once": common.steps, "often": OFTEN}.get(name, "epoch")
         return replace(common, scheme="greentrainer", budget=float(budget), every=every)
     if name in ("auto", "reuse"):
-        total = Total(flops=flops)
-        of_run = replace(common, scheme="greentrainer", until=None, steps=cell.epochs * steps_in_epoch, store=store)
-        if budget:
-            return replace(of_run, budget=float(budget))
-        return replace(of_run, budget=Auto(total) if name == "auto" else total)
+        of_run = replace(common, scheme="greentrainer", steps=cell.epochs * steps_in_epoch, store=store)
+        if name == "auto":
+            return replace(of_run, budget=Auto(Total(flops=flops)), until=None)
+        # A share of each step, since a total is spread by the first batch, which is of the longest examples.
+        return replace(of_run, budget=cell.total * EPOCHS / cell.epochs)
     return replace(common, scheme=name, every=LISA_EVERY if name == "lisa" else "epoch")
 
 

@@ -17,7 +17,6 @@ from experiments.cells import (
     ACLSUM,
     BELOW_FORWARD,
     CORE,
-    EPOCHS,
     GRID,
     RESULTS,
     REVIEWS,
@@ -50,8 +49,6 @@ LABELS = {
     "gt@0.9": "selection at 0.9",
     "reuse": "selection with reuse",
     "auto": "auto, reuse among what it may choose",
-    "reuse@0.3": "selection with reuse at 0.3",
-    "reuse@0.2": "selection with reuse at 0.2",
     "random@0.7": "random importances at 0.7",
     "largest@0.7": "largest importance first, at 0.7",
     "exact@0.7": "exact selection at 0.7, by the same rules",
@@ -329,17 +326,16 @@ def figure(runs: Mapping[tuple[str, float], Runs], path: Path) -> None:
 
 def epochs(runs: Mapping[tuple[str, float], Runs]) -> str:
     """What the FLOPs of five epochs at 0.3 of full steps, and at 0.2, bring."""
-    totals = {5 * budget / EPOCHS: budget for budget in BELOW_FORWARD.values()}
     rows = []
     for (scheme, total), one in runs.items():
-        if total not in totals or not one.results:
+        if total not in BELOW_FORWARD or not one.results:
             continue
         captured = one.captured
         rows.append(
             (
                 (-total, one.validation),
                 [
-                    f"{totals[total]:g}",
+                    f"{BELOW_FORWARD[total]:g}",
                     LABELS[scheme],
                     f"{one.mean('steps'):.0f}",
                     f"{one.spent:.4f}",
@@ -396,10 +392,10 @@ def section() -> str:
     setting = (
         f"{described({**latest, 'commit': commits})} SmolLM2-135M-Instruct on ACLSum: batches of 4 by length without "
         "padding, the head at target positions alone, matrix products in bfloat16, AdamW, the rate falling to 0 where "
-        "the total is spent (with reuse, at the last step). Totals are shares of three full epochs; one is "
-        f"{full:,} FLOPs. Reuse and auto are told three epochs at total {min(TOTALS):g} and five at larger ones, the "
-        "others pass over the data until the total is spent. A run ends before the step that its total does not pay "
-        f"for. Intervals (95 %) are of a bootstrap over the 100 test papers, {RESAMPLES:,} resamples, of the mean over "
+        "the total is spent. Totals are shares of three full epochs; one is "
+        f"{full:,} FLOPs. Reuse has its share of each step in three epochs at total {min(TOTALS):g}, in five "
+        "at larger ones, and auto is told as many; the others pass over the data until the total is spent. A run ends "
+        f"before the step that its total does not pay for. Intervals (95 %) are of a bootstrap over the 100 test papers, {RESAMPLES:,} resamples, of the mean over "
         "n seeds: how runs differ by their seed is not in them. Texts are greedy, for 50 papers. "
         f"{len(results)} runs are there.\n\n"
     )
