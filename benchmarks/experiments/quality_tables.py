@@ -395,8 +395,9 @@ def section() -> str:
         "the total is spent. Totals are shares of three full epochs; one is "
         f"{full:,} FLOPs. Reuse has its share of each step in three epochs at total {min(TOTALS):g}, in five "
         "at larger ones, and auto is told as many; the others pass over the data until the total is spent. A run ends "
-        f"before the step that its total does not pay for. Intervals (95 %) are of a bootstrap over the 100 test papers, {RESAMPLES:,} resamples, of the mean over "
-        "n seeds: how runs differ by their seed is not in them. Texts are greedy, for 50 papers. "
+        "before the step that its total does not pay for. Intervals (95 %) are of a bootstrap over the 100 test "
+        f"papers, {RESAMPLES:,} resamples, of the mean over n seeds: how runs differ by their seed is not in them. "
+        "Texts are greedy, for 50 papers. "
         f"{len(results)} runs are there.\n\n"
     )
     loss = (
