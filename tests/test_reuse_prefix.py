@@ -758,6 +758,12 @@ def test_blocks_that_are_none(blocks: Any, message: str, store: ActivationStore)
         Prefix(small_models.build("llama"), blocks, store)
 
 
+@pytest.mark.parametrize("store", ["activations", "", None])
+def test_a_store_that_is_none(store: Any) -> None:
+    with pytest.raises(InputError, match=r"expected gtflops\.reuse\.ActivationStore\(folder\)"):
+        Prefix(small_models.build("llama"), ["model.layers.0"], store)
+
+
 def test_use_that_would_give_wrong_activations_is_refused(store: ActivationStore) -> None:
     model, blocks, batch = FAMILIES["llama"]()
     prefix = Prefix(model, blocks, store)

@@ -81,6 +81,8 @@ class Prefix:
     def __init__(
         self, model: torch.nn.Module, blocks: Iterable[str], store: ActivationStore, *, batch_first: bool = False
     ) -> None:
+        if not isinstance(store, ActivationStore):
+            raise InputError(f"store is {store!r}, expected gtflops.reuse.ActivationStore(folder)")
         self.model = model
         self.store = store
         self.batch_first = batch_first
