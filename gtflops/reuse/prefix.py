@@ -23,9 +23,10 @@ from gtflops.reuse.blocks import (
     require_not_compiled,
     stretches_of,
 )
-from gtflops.reuse.constants import digest_of, fingerprint_of, settings_of
+from gtflops.reuse.constants import digest_of, fingerprint_of
 from gtflops.reuse.examples import TARGETS, Example, examples_of
 from gtflops.reuse.front import Front, Watch
+from gtflops.reuse.settings import SettingsReader
 from gtflops.reuse.store import ActivationStore, Key
 
 
@@ -93,6 +94,7 @@ class Prefix:
             for name, block in zip(stretch.names, stretch.modules, strict=True)
             for path, module in block.named_modules()
         }
+        self._settings = SettingsReader(model)
         self._callers = callers_of(model, self.stretches)
         self._all_modules = list(model.modules())
         self._batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
@@ -258,11 +260,12 @@ class Prefix:
             str(front.autocast),
             torch.get_float32_matmul_precision(),
         ]
-        modules = self._modules(front)
-        fingerprint = (tuple(tensors), fingerprint_of(tensors.values()), settings_of(modules), conditions)
+        settings = self._settings.read(self._modules(front), self._skipped)
+        looked_at = (*tensors.values(), *settings.tensors)
+        fingerprint = (tuple(tensors), fingerprint_of(looked_at), settings.digest, conditions)
         known = self._digests.get(front)
         if known is None or known[0] != fingerprint:
-            known = self._digests[front] = fingerprint, digest_of(tensors, modules, conditions)
+            known = self._digests[front] = fingerprint, digest_of(tensors, settings, conditions)
             self._own.add(known[1])
         return known[1]
 

@@ -160,7 +160,7 @@ class ActivationStore:
             for entry in entries:
                 with suppress(OSError):  # it is removed already, or may not be
                     os.unlink(entry)
-            for folder in (*{os.path.dirname(entry.path) for entry in entries}, self.folder / prefix):
+            for folder in (*{os.path.dirname(entry.path) for entry in entries}, str(self.folder / prefix)):
                 with suppress(OSError):  # it holds something else
                     os.rmdir(folder)
         self.full = None
