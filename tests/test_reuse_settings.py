@@ -186,7 +186,7 @@ CHANGES: dict[str, Callable[[Block, Patch], Any]] = {
 
 def run(prefix: Prefix) -> tuple[bool, float]:
     x = torch.linspace(-1, 1, 12).reshape(3, 4)
-    with prefix.for_batch({"input": x}) as reused:
+    with prefix.for_batch((x,)) as reused:
         return reused, prefix.model(x).sum().item()
 
 
@@ -273,6 +273,49 @@ def test_what_cannot_be_read_is_said_and_serves_one_object(value: Any, store: Ac
     prefix.model[0].config.inner.other = threading.Lock()
     with pytest.warns(UserWarning, match="lock, which cannot be compared"):
         assert not run(prefix)[0]
+
+
+def test_of_a_model_around_the_blocks_what_its_code_names(store: ActivationStore) -> None:
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+            self.blocks[0].requires_grad_(False)
+            self.optimizer = torch.optim.AdamW(self.blocks[1].parameters())
+            self.config = Config()
+            self.num_steps = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[1](self.blocks[0](self.scaled(x)))  # type: ignore[no-any-return]
+
+        def scaled(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.config.scale
+
+        def step(self) -> None:
+            self(torch.ones(4)).sum().backward()
+            self.optimizer.step()
+            self.num_steps += 1
+
+    model = Whole()
+    prefix = Prefix(model, ["blocks.0"], store)
+    run(prefix)
+    for _ in range(2):
+        model.step()
+        assert run(prefix)[0]
+    model.config.scale = 3.0
+    assert not run(prefix)[0]
+
+
+def test_objects_without_end(store: ActivationStore) -> None:
+    model = model_of()
+    inner = model[0].config.inner
+    for _ in range(3000):
+        inner.scale, inner.further = 1.0, Inner()
+        inner = inner.further
+    prefix = Prefix(model, ["0"], store)
+    with pytest.warns(UserWarning, match="cannot be compared"):
+        run(prefix)
+    assert run(prefix)[0]
 
 
 def digest_of(prefix: Prefix) -> str:

@@ -62,7 +62,8 @@ class Prefix:
     An example is found by its inputs; two are the same if those are, whatever their labels, unless decoder blocks of an
     encoder-decoder are among the skipped ones, whose inputs labels are. Row ``i`` of every tensor must be of example
     ``i``; where the names of a batch are not those that transformers knows for such, say so by ``batch_first=True``,
-    or what is the same is only a whole batch. After changing the model other than in its weights, make another object.
+    or what is the same is only a whole batch. Changed weights, settings and code of the model are another prefix, whose
+    activations are computed anew; after changing what runs in front of the boundary, make another object.
 
     >>> import tempfile
     >>> _ = torch.manual_seed(0)

@@ -17,17 +17,8 @@ import torch
 
 from gtflops.reuse.digests import header_of
 
-#: Attributes of modules that differ between runs, or change in a forward pass, and do not enter what a block computes.
-_OF_NO_EFFECT = frozenset({"training", "gradient_checkpointing", "_gradient_checkpointing_func", "_is_hf_initialized"})
-#: Such attributes of transformers' models.
-_OF_NO_EFFECT_IN_MODELS = _OF_NO_EFFECT | {
-    "problem_type",
-    "num_labels",
-    "name_or_path",
-    "generation_config",
-    "warnings_issued",
-}
-#: Such items of configurations, whose private ones are not looked at besides.
+#: Items of configurations that differ between runs and do not enter what a block computes; their private ones are not
+#: looked at besides.
 _OF_NO_EFFECT_IN_CONFIGURATIONS = frozenset(
     {
         "architectures",
@@ -46,8 +37,23 @@ _OF_NO_EFFECT_IN_CONFIGURATIONS = frozenset(
         "transformers_version",
     }
 )
-#: What any module has: its tensors and submodules, which are looked at apart, hooks, and methods that compute nothing.
-_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"_compiled_call_impl", "train"}
+#: What any module has: its tensors and submodules, which are looked at apart, hooks, and methods that compute nothing;
+#: and what differs between runs, or changes in a forward pass, and does not enter what a block computes.
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {
+    "_compiled_call_impl",
+    "train",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_is_hf_initialized",
+}
+#: The same of transformers' models.
+_OF_EVERY_MODEL = _OF_EVERY_MODULE | {
+    "problem_type",
+    "num_labels",
+    "name_or_path",
+    "generation_config",
+    "warnings_issued",
+}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 #: Methods that are called without being named.
 _CALLED = frozenset({"forward", "setup_context", "__call__", "__getattr__", "__torch_function__"})
@@ -70,7 +76,7 @@ _WRAPPERS = (staticmethod, classmethod, functools._lru_cache_wrapper)
 _CONTAINERS = (dict, list, tuple, set, frozenset, int, float, str, bytes)
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, *_WRAPPERS)
 #: Objects in objects, from which on they are not looked into.
-_DEEPEST = 100
+_DEEPEST = 50
 _HEAP_TYPE = 1 << 9
 
 
@@ -87,7 +93,8 @@ class SettingsReader:
     They are the attributes of the modules, through containers and objects of any class; their hooks; the code of the
     functions and methods that a forward pass may reach, with defaults, what they close over, and the global names they
     use; and the versions of the packages that these are from. Reached is what reached code names, from ``forward`` on,
-    and where code of the user's looks names up at run time, all of the user's classes.
+    and where code of the user's looks names up at run time, all of the user's classes. Of modules around the blocks,
+    attributes are read that reached code names.
 
     Of what is in an installed package, the values of global names are not looked at, only which functions they are; of
     torch's, the standard library's and gtflops' own functions, the name alone. What cannot be read at all, such as an
@@ -131,6 +138,7 @@ class _Reading:
         self._open: dict[int, int] = {}
         self._owners: list[str] = []
         self._classes: dict[type, None] = {}
+        self._by_name: dict[str, torch.nn.Module] = {}
         self._packages: set[str] = {"torch"}
         self._reached: set[str] = set(_CALLED)
         self._reaches_all = False
@@ -138,7 +146,7 @@ class _Reading:
 
     def read(self, modules: Mapping[str, torch.nn.Module], whole: Container[str]) -> Settings:
         parts = [f"{name}:{self._module(name, module, name in whole)}" for name, module in modules.items()]
-        parts += sorted(self._code_of_classes())
+        parts += sorted(self._all_reached())
         parts += [f"{package}=={_version(package)}" for package in sorted(self._packages)]
         return Settings(_hashed(parts), list(self._tensors.values()))
 
@@ -248,17 +256,23 @@ class _Reading:
             yield f"{base.__name__} {base.__repr__(value)}"
 
     def _module(self, name: str, module: torch.nn.Module, whole: bool) -> str:
-        """Without its tensors, and its submodules but for those that the model did not have."""
+        """Without its tensors, and its submodules but for those that the model did not have.
+
+        Of what is in front of the blocks or around them, attributes are read by the names that code reaches: a model
+        may have its optimizer and its trainer as attributes.
+        """
         self._owners.append(name or "the model")
-        parts = [self._class(type(module))]
+        parts = [self.value(type(module))]
         self._classes[type(module)] = None
         own = vars(module)
-        if isinstance(module, torch._dynamo.OptimizedModule):  # all that it computes is its submodule's
-            own = {hooks: own[hooks] for hooks in _HOOKS}
-        is_model = _is_of(module, "transformers.modeling_utils")
-        left_out = _OF_EVERY_MODULE | (_OF_NO_EFFECT_IN_MODELS if is_model else _OF_NO_EFFECT)
-        parts += [f"{key}\0{self.value(own[key])}" for key in sorted(own.keys() - left_out)]
-        parts += [self._list(hooks, own[hooks].values()) for hooks in _HOOKS]
+        if not whole and all(
+            base in (torch.nn.Module, object) or self._package(base.__module__) != "torch"
+            for base in type(module).__mro__
+        ):
+            self._by_name[name] = module
+        elif not isinstance(module, torch._dynamo.OptimizedModule):  # all that one computes is its submodule's
+            parts += [f"{key}\0{self.value(own[key])}" for key in sorted(own.keys() - _not_of(module))]
+        parts += [self._list(hooks, own[hooks].values()) for hooks in _HOOKS if own[hooks]]
         if whole:
             parts.append(self._mapping("submodules", module._modules.items()))
         self._owners.pop()
@@ -357,16 +371,24 @@ class _Reading:
         is_read = isinstance(value, (*_PLAIN, *_FUNCTIONS, *_CONTAINERS, type)) or hasattr(value, "__dict__")
         return self.value(value) if is_read else type(value).__qualname__
 
-    def _code_of_classes(self) -> Iterator[str]:
-        """Of the methods and class attributes that are reached."""
-        done: set[tuple[type, str]] = set()
+    def _all_reached(self) -> Iterator[str]:
+        """Methods and attributes of classes and modules that code reaches, which may reach more."""
+        done: set[tuple[type | str, str]] = set()
         before = -1
         while len(done) != before:
             before = len(done)
+            for path, module in self._by_name.items():
+                its = vars(module)
+                for name in sorted(its.keys() - _not_of(module)):
+                    if (path, name) not in done and (self._reaches_all or name in self._reached):
+                        done.add((path, name))
+                        self._owners.append(path or "the model")
+                        yield f"{path}.{name}\0{self.value(its[name])}"
+                        self._owners.pop()
             bases = dict.fromkeys(base for cls in list(self._classes) for base in cls.__mro__)
             for base in bases:
                 is_installed = self._is_installed(base.__module__)
-                own = vars(base)
+                own = dict(vars(base))
                 if self._package(base.__module__) in _KNOWN:  # only what another package has put there
                     own = {name: own[name] for name in _CALLED & own.keys() if not self._is_known(own[name])}
                 for name in sorted(own if not is_installed else self._reached & own.keys()):
@@ -480,6 +502,11 @@ def _without_iterators(reduced: Any) -> Any:
     if not isinstance(reduced, tuple):
         return reduced
     return tuple(list(item) if isinstance(item, Iterator) else item for item in reduced)
+
+
+def _not_of(module: torch.nn.Module) -> frozenset[str]:
+    """Attributes of the module that are no settings of its own."""
+    return _OF_EVERY_MODEL if _is_of(module, "transformers.modeling_utils") else _OF_EVERY_MODULE
 
 
 def _is_of(value: Any, module: str) -> bool:
