@@ -592,6 +592,7 @@ WITH_BLOCKS = [
 ]
 
 
+@pytest.mark.filterwarnings("error:.*which cannot be compared with that of another run")
 @pytest.mark.parametrize(
     "name", [name for name in zoo.ZOO if name.partition("-")[0] in WITH_BLOCKS and not name.endswith("-sdpa")]
 )

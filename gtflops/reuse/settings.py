@@ -74,6 +74,7 @@ _BY_NAME = (
 )
 _WRAPPERS = (staticmethod, classmethod, functools._lru_cache_wrapper)
 _CONTAINERS = (dict, list, tuple, set, frozenset, int, float, str, bytes)
+_OF_C = (types.BuiltinFunctionType, types.MethodType)
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, *_WRAPPERS)
 #: Objects in objects, from which on they are not looked into.
 _DEEPEST = 50
@@ -362,8 +363,9 @@ class _Reading:
             return "\0".join(
                 [value.__name__, *(f"{name}\0{self._global(its[name], names, is_installed, seen)}" for name in inner)]
             )
-        if is_installed and isinstance(value, types.BuiltinFunctionType):
-            return f"builtin {value.__qualname__}"
+        function = getattr(value, "__func__", value)
+        if is_installed and isinstance(value, _OF_C) and not isinstance(function, types.FunctionType):
+            return f"builtin {_name_of(function)}"  # a method of an object of C too, as in numpy.random
         return self.value(value) if not is_installed or isinstance(value, (*_FUNCTIONS, type)) else ""
 
     def _of_package(self, value: Any) -> str:
