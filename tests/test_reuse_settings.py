@@ -1,13 +1,17 @@
 """What else than weights and inputs computes activations: any change of it is another prefix, and nothing else is."""
 
+import datetime
 import enum
 import functools
+import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 import types
 import warnings
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -304,6 +308,35 @@ def test_of_a_model_around_the_blocks_what_its_code_names(store: ActivationStore
         assert run(prefix)[0]
     model.config.scale = 3.0
     assert not run(prefix)[0]
+
+
+HELD: dict[str, Callable[[], Any]] = {
+    "logger": lambda: logging.getLogger("held"),
+    "path": lambda: Path("a") / "b",
+    "pattern": lambda: re.compile("a+"),
+    "collections": lambda: [OrderedDict(a=1), defaultdict(list, {1: [2]}), deque([1]), Counter("aab"), {"a", 1, (2,)}],
+    "date": lambda: datetime.date(2026, 11, 22),
+    "mapping": lambda: types.MappingProxyType({1: 2}),
+    "tensors": lambda: [torch.ones(2, dtype=torch.complex64), torch.ones(0), torch.ones((), device="meta")],
+    "numpy": lambda: [np.float32(3), np.ones((2, 2))[:, 1], np.array([1, None], dtype=object), np.dtype("int8")],
+    "torch": lambda: [torch, torch.Size([1]), torch.device("cpu"), torch.ops.aten.relu.default, torch.relu, int],
+    "functions": lambda: ["a".join, functional.relu, functools.lru_cache(helper), torch.no_grad()(helper)],
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_what_is_held_is_read_and_is_the_same_again(held: str, store: ActivationStore) -> None:
+    def made() -> Prefix:
+        model = model_of()
+        model[0].others = HELD[held]()
+        return Prefix(model, ["0"], store)
+
+    first, second = made(), made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(first)
+        second.load_state_dict(first.state_dict())
+        assert run(second)[0]
 
 
 def test_objects_without_end(store: ActivationStore) -> None:

@@ -1,5 +1,6 @@
 """What modules compute with besides their tensors: attributes, hooks and code, written down the same in every run."""
 
+import copyreg
 import dis
 import enum
 import functools
@@ -229,7 +230,8 @@ class _Reading:
         is_known = self._package(cls.__module__) in sys.stdlib_module_names
         if is_known:
             try:
-                reduced = value.__reduce_ex__(4)
+                reduce = copyreg.dispatch_table.get(cls)
+                reduced = reduce(value) if reduce else value.__reduce_ex__(4)
             except Exception:  # whatever a class refuses by
                 return self._unreadable(value)
         elif not _is_of_python(cls):
