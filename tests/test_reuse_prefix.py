@@ -592,6 +592,7 @@ WITH_BLOCKS = [
 ]
 
 
+@pytest.mark.filterwarnings("error:.*which cannot be compared with that of another run")
 @pytest.mark.parametrize(
     "name", [name for name in zoo.ZOO if name.partition("-")[0] in WITH_BLOCKS and not name.endswith("-sdpa")]
 )
@@ -756,6 +757,12 @@ def test_frequencies_by_the_length_of_the_batch_are_refused(store: ActivationSto
 def test_blocks_that_are_none(blocks: Any, message: str, store: ActivationStore) -> None:
     with pytest.raises(InputError, match=message):
         Prefix(small_models.build("llama"), blocks, store)
+
+
+@pytest.mark.parametrize("store", ["activations", "", None])
+def test_a_store_that_is_none(store: Any) -> None:
+    with pytest.raises(InputError, match=r"expected gtflops\.reuse\.ActivationStore\(folder\)"):
+        Prefix(small_models.build("llama"), ["model.layers.0"], store)
 
 
 def test_use_that_would_give_wrong_activations_is_refused(store: ActivationStore) -> None:

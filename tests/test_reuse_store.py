@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from gtflops import InputError
 from gtflops.reuse import ActivationStore, Key
 
 KEY = Key("a" * 64, "b" * 64)
+OLD, NEW = "1" * 64, "2" * 64
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def write_without_end(folder: Path, num_entries: int) -> None:
     """Entries of 1 MB, each full of the number in its key."""
     store = ActivationStore(folder)
     for number in itertools.cycle(range(num_entries)):
-        store.write(Key("prefix", f"{number:064d}"), {"x": torch.full((1 << 18,), float(number))})
+        store.write(Key(KEY.prefix, f"{number:064d}"), {"x": torch.full((1 << 18,), float(number))})
 
 
 @contextmanager
@@ -139,7 +141,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         assert process.exitcode == -signal.SIGKILL
         store = ActivationStore(folder)
         for path in folder.rglob("*.safetensors"):
-            entry = store.read(Key("prefix", path.stem))
+            entry = store.read(Key(KEY.prefix, path.stem))
             assert entry is not None
             assert bool((entry["x"] == int(path.stem)).all())
             num_found += 1
@@ -156,7 +158,7 @@ def test_two_processes_write_the_same_entries(tmp_path: Path) -> None:
         end = time.monotonic() + 2
         while time.monotonic() < end:
             for number in range(4):
-                entry = store.read(Key("prefix", f"{number:064d}"))
+                entry = store.read(Key(KEY.prefix, f"{number:064d}"))
                 if entry is not None:
                     assert bool((entry["x"] == number).all())
                     num_read += 1
@@ -193,13 +195,13 @@ def test_max_bytes(tmp_path: Path) -> None:
     size = 1000
     earlier = ActivationStore(tmp_path)
     for number in range(3):
-        earlier.write(Key("of another run", f"{number:064d}"), {"x": torch.zeros(size, dtype=torch.uint8)})
+        earlier.write(Key(OLD, f"{number:064d}"), {"x": torch.zeros(size, dtype=torch.uint8)})
     each = earlier.bytes_written // 3
     store = ActivationStore(tmp_path, max_bytes=5 * each + each // 2)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for number in range(6):
-            store.write(Key("of another run", f"{number + 3:064d}"), {"x": torch.zeros(size, dtype=torch.uint8)})
+            store.write(Key(OLD, f"{number + 3:064d}"), {"x": torch.zeros(size, dtype=torch.uint8)})
     assert len(warned) == 1
     assert f"it holds {5 * each} bytes of max_bytes={5 * each + each // 2}" in str(warned[0].message)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 5
@@ -209,15 +211,15 @@ def test_max_bytes(tmp_path: Path) -> None:
 def test_room_is_made_for_another_prefix(tmp_path: Path) -> None:
     entry = {"x": torch.zeros(1000, dtype=torch.uint8)}
     store = ActivationStore(tmp_path, max_bytes=3000)
-    store.write(Key("old", KEY.example), entry)
-    store.write(Key("new", KEY.example), entry)
+    store.write(Key(OLD, KEY.example), entry)
+    store.write(Key(NEW, KEY.example), entry)
     with pytest.warns(UserWarning, match="takes no more"):
-        store.write(Key("new", "c" * 64), entry)
-    store.remove_all_but({"new"})
-    assert Key("old", KEY.example) not in store
-    assert Key("new", KEY.example) in store
-    store.write(Key("new", "c" * 64), entry)
-    assert Key("new", "c" * 64) in store
+        store.write(Key(NEW, "c" * 64), entry)
+    store.remove_all_but({NEW})
+    assert Key(OLD, KEY.example) not in store
+    assert Key(NEW, KEY.example) in store
+    store.write(Key(NEW, "c" * 64), entry)
+    assert Key(NEW, "c" * 64) in store
 
 
 @pytest.mark.parametrize("max_bytes", [0, -1, 1.5, True])
@@ -233,10 +235,98 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed_after_an_hour(store: ActivationStore) -> None:
-    old, new = (store.folder / ".unfinished" / name for name in ("old", "new"))
-    for path in (old, new):
+    old, new, foreign = (store.folder / ".unfinished" / name for name in ("0" * 32, "1" * 32, "notes.txt"))
+    for path in (old, new, foreign):
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - 4000,) * 2)
+    for path in (old, foreign):
+        os.utime(path, (time.time() - 4000,) * 2)
     ActivationStore(store.folder)
     assert not old.exists()
     assert new.exists()
+    assert foreign.exists()
+
+
+@pytest.mark.parametrize("max_bytes", [None, 3000])
+def test_what_the_store_did_not_make_is_neither_removed_nor_counted(tmp_path: Path, max_bytes: int | None) -> None:
+    """It may be given a folder with other things in it: checkpoints, or folders with names of its own form."""
+    outside = tmp_path / "outside" / "12"
+    folder = tmp_path / "store"
+    foreign = [
+        outside / f"{KEY.example}.safetensors",
+        folder / "checkpoint-500" / "model.safetensors",
+        folder / "notes.txt",
+        folder / ("3" * 64) / "notes.txt",
+        folder / ("4" * 64),  # a file
+        folder / OLD / "bb" / "model.safetensors",
+        folder / OLD / "bbb" / f"{KEY.example}.safetensors",
+        folder / OLD / "12" / f"{KEY.example}.safetensors" / "a folder.txt",
+        folder / ("A" * 64) / "bb" / f"{KEY.example}.safetensors",
+        folder / ".unfinished" / "thesis.tex",
+    ]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"years of work" * 1000)
+    (folder / OLD / "12" / f"{KEY.prefix}.safetensors").symlink_to(foreign[0])
+    (folder / ("5" * 64)).symlink_to(outside.parent)
+    before = set(tmp_path.rglob("*"))
+    store = ActivationStore(folder, max_bytes=max_bytes)
+    entry = {"x": torch.zeros(1000, dtype=torch.uint8)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prefix, example in ((OLD, "b"), (OLD, "c"), (NEW, "b"), (NEW, "c")):
+            store.write(Key(prefix, example * 64), entry, instead_of_others={prefix})
+    store.remove_all_but({NEW})
+    assert Key(OLD, "c" * 64) not in store
+    assert Key(NEW, "c" * 64) in store
+    store.remove_all_but(())
+    assert set(tmp_path.rglob("*")) == before
+    assert all(path.read_bytes() == b"years of work" * 1000 for path in foreign)
+
+
+@pytest.mark.parametrize("folder", ["", 5, b"x", ["a"], None, "a\0b"])
+def test_a_folder_that_is_none(folder: Any) -> None:
+    with pytest.raises(InputError, match=r"expected a (path, such as 'activations'|folder)"):
+        ActivationStore(folder)
+
+
+@pytest.mark.parametrize("key", [Key("..", KEY.example), Key(KEY.prefix, "../../x"), Key("A" * 64, KEY.example)])
+def test_a_key_that_is_none(key: Key, store: ActivationStore) -> None:
+    for use in (store.__contains__, store.read, lambda key: store.write(key, {"x": torch.ones(2)})):
+        with pytest.raises(InputError, match="expected two digests"):
+            use(key)
+
+
+@contextmanager
+def another_user() -> Iterator[None]:
+    """Root may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_another_user_may_not_read_is_lacking() -> None:
+    """And what cannot be written beside it is one warning."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        store = ActivationStore(folder)
+        store.write(KEY, {"x": torch.ones(2)})
+        own = store.folder / KEY.prefix
+        own.chmod(0)
+        try:
+            with warnings.catch_warnings(record=True) as warned, another_user():
+                warnings.simplefilter("always")
+                theirs = ActivationStore(folder, max_bytes=10**6)
+                assert KEY not in theirs
+                theirs.write(KEY, {"x": torch.ones(2)}, instead_of_others={KEY.prefix})
+                assert theirs.read(KEY) is None
+                theirs.remove_all_but(())
+            assert len(warned) == 1
+            assert "takes no more activations: Permission denied" in str(warned[0].message)
+        finally:
+            own.chmod(0o700)
+        assert KEY in store

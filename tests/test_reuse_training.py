@@ -268,6 +268,8 @@ def test_a_batch_that_fails_owes_nothing(tmp_path: Path) -> None:
         ({"reuse": "prefix"}, "expected store, a folder"),
         ({"store": "somewhere"}, "without reuse='prefix'"),
         ({"reuse": "suffix", "store": "somewhere"}, "'suffix', expected 'prefix'"),
+        ({"reuse": "prefix", "store": ""}, "folder for activations is '', expected a path"),
+        ({"reuse": "prefix", "store": 5}, "folder for activations is 5, expected a path"),
     ],
 )
 def test_arguments(options: dict[str, Any], match: str) -> None:

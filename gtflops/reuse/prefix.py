@@ -23,9 +23,10 @@ from gtflops.reuse.blocks import (
     require_not_compiled,
     stretches_of,
 )
-from gtflops.reuse.constants import digest_of, fingerprint_of, settings_of
+from gtflops.reuse.constants import digest_of, fingerprint_of
 from gtflops.reuse.examples import TARGETS, Example, examples_of
 from gtflops.reuse.front import Front, Watch
+from gtflops.reuse.settings import SettingsReader
 from gtflops.reuse.store import ActivationStore, Key
 
 
@@ -61,7 +62,8 @@ class Prefix:
     An example is found by its inputs; two are the same if those are, whatever their labels, unless decoder blocks of an
     encoder-decoder are among the skipped ones, whose inputs labels are. Row ``i`` of every tensor must be of example
     ``i``; where the names of a batch are not those that transformers knows for such, say so by ``batch_first=True``,
-    or what is the same is only a whole batch. After changing the model other than in its weights, make another object.
+    or what is the same is only a whole batch. Changed weights, settings and code of the model are another prefix, whose
+    activations are computed anew; after changing what runs in front of the boundary, make another object.
 
     >>> import tempfile
     >>> _ = torch.manual_seed(0)
@@ -81,6 +83,8 @@ class Prefix:
     def __init__(
         self, model: torch.nn.Module, blocks: Iterable[str], store: ActivationStore, *, batch_first: bool = False
     ) -> None:
+        if not isinstance(store, ActivationStore):
+            raise InputError(f"store is {store!r}, expected gtflops.reuse.ActivationStore(folder)")
         self.model = model
         self.store = store
         self.batch_first = batch_first
@@ -91,6 +95,7 @@ class Prefix:
             for name, block in zip(stretch.names, stretch.modules, strict=True)
             for path, module in block.named_modules()
         }
+        self._settings = SettingsReader(model)
         self._callers = callers_of(model, self.stretches)
         self._all_modules = list(model.modules())
         self._batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
@@ -256,11 +261,12 @@ class Prefix:
             str(front.autocast),
             torch.get_float32_matmul_precision(),
         ]
-        modules = self._modules(front)
-        fingerprint = (tuple(tensors), fingerprint_of(tensors.values()), settings_of(modules), conditions)
+        settings = self._settings.read(self._modules(front), self._skipped)
+        looked_at = (*tensors.values(), *settings.tensors)
+        fingerprint = (tuple(tensors), fingerprint_of(looked_at), settings.digest, conditions)
         known = self._digests.get(front)
         if known is None or known[0] != fingerprint:
-            known = self._digests[front] = fingerprint, digest_of(tensors, modules, conditions)
+            known = self._digests[front] = fingerprint, digest_of(tensors, settings, conditions)
             self._own.add(known[1])
         return known[1]
 

@@ -1,16 +1,16 @@
 """Activations of examples on the disk: found by what they were computed from, and checked each time they are read."""
 
 import os
-import shutil
+import re
 import time
 import uuid
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -25,10 +25,16 @@ _UNFINISHED = ".unfinished"
 _LEFT_BEHIND = 3600.0
 #: Entries written between two countings of the whole folder: other processes write into it, and people delete from it.
 _COUNTED_EVERY = 64
+#: What the store calls its own: nothing else in the folder is counted or removed.
+_DIGEST = re.compile("[0-9a-f]{64}")
+_PART = re.compile("[0-9a-f]{2}")
+_ENTRY = re.compile(rf"{_DIGEST.pattern}\.safetensors")
+_BEING_WRITTEN = re.compile("[0-9a-f]{32}")
 
 
 class Key(NamedTuple):
-    """Which activations: ``prefix`` is the digest of all that computes them, ``example`` that of what goes in."""
+    """Which activations: ``prefix`` is the digest of all that computes them, ``example`` that of what goes in; both of
+    64 hexadecimal digits."""
 
     prefix: str
     example: str
@@ -38,27 +44,31 @@ class ActivationStore:
     """A folder of activations, one file for each :class:`Key`.
 
     An entry is written whole or not at all, so that any number of processes may write into one folder, the same entry
-    too. Its checksum and its key are verified each time it is read: one that is damaged, or is not of this key, is not
-    removed, and is counted in ``rejected`` by its reason. A disk that takes no more, or ``max_bytes`` reached, is one
-    warning, after which nothing more is written; what is there is still read.
+    too. Its checksum and its key are verified each time it is read: one that is damaged, or is not of this key, is
+    removed, and is counted in ``rejected`` by its reason. A disk that takes no more, a part of the folder that this
+    process may not write to, or ``max_bytes`` reached, is one warning, after which nothing more is written; what is
+    there and may be read is still read.
 
-    ``max_bytes`` limits the whole folder, what other processes and earlier runs wrote included; each process that
-    writes at the same time may exceed it by 64 entries.
+    ``max_bytes`` limits all entries in the folder, those of other processes and earlier runs included; each process
+    that writes at the same time may exceed it by 64 entries. Files that no store made are neither counted nor removed.
+    Without it, entries that nothing reads any more, of a boundary or of weights that a run has left, stay until
+    :meth:`remove_all_but` or deleting the folder: another process, or this run resumed from an earlier checkpoint, may
+    want them.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     store = ActivationStore(folder)
-    ...     key = Key(prefix="a1", example="b2")
+    ...     key = Key(prefix=64 * "a", example=64 * "1")
     ...     store.write(key, {"model.layers.3": torch.arange(3.0)})
-    ...     found, missing = store.read(key), store.read(Key("a1", "c3"))
+    ...     found, missing = store.read(key), store.read(Key(64 * "a", 64 * "2"))
     >>> found, missing
     ({'model.layers.3': tensor([0., 1., 2.])}, None)
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, max_bytes: int | None = None) -> None:
         if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
             raise InputError(f"max_bytes is {max_bytes!r}, expected a positive number of bytes, or None for no limit")
-        self.folder = Path(folder)
+        self.folder = _folder(folder)
         self.max_bytes = max_bytes
         #: Bytes of files that this object read and wrote.
         self.bytes_read = 0
@@ -73,14 +83,15 @@ class ActivationStore:
         try:
             (self.folder / _UNFINISHED).mkdir(parents=True, exist_ok=True)
             self._remove_left_behind()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null character in the path
+            reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(
-                f"cannot keep activations in {self.folder}: {error.strerror}; expected a folder that can be written to"
+                f"cannot keep activations in {str(self.folder)!r}: {reason}; expected a folder that can be written to"
             ) from error
 
     def __contains__(self, key: Key) -> bool:
-        """Whether there is a file for the key; whether it can be used shows when it is read."""
-        return self._path(key).exists()
+        """Whether there is a file for the key that may be seen; whether it can be used shows when it is read."""
+        return os.path.exists(self._path(key))  # Path.exists raises where a folder of another user's cannot be searched
 
     def read(self, key: Key) -> dict[str, torch.Tensor] | None:
         """The tensors of an entry, on the CPU, mapped from the file; None where there is none that can be used."""
@@ -138,10 +149,20 @@ class ActivationStore:
         self._written_since_counting += 1
 
     def remove_all_but(self, prefixes: Container[str]) -> None:
-        """Remove the entries of all other prefixes, and write again if that was for want of room."""
-        for folder in self.folder.iterdir():
-            if folder.name != _UNFINISHED and folder.name not in prefixes:
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove the entries of all other prefixes, and write again if that was for want of room.
+
+        Files that no store made stay, also beside entries. Another process that was to read what is removed computes it
+        again.
+        """
+        for prefix, entries in self._entries():
+            if prefix in prefixes:
+                continue
+            for entry in entries:
+                with suppress(OSError):  # it is removed already, or may not be
+                    os.unlink(entry)
+            for folder in (*{os.path.dirname(entry.path) for entry in entries}, str(self.folder / prefix)):
+                with suppress(OSError):  # it holds something else
+                    os.rmdir(folder)
         self.full = None
         self._written_since_counting = _COUNTED_EVERY
 
@@ -152,10 +173,36 @@ class ActivationStore:
 
     def _reject(self, path: Path, reason: str) -> None:
         self.rejected[reason] += 1
-        with suppress(OSError):
-            path.unlink()
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            if self.full is None:
+                self._stop(f"{error.strerror} ({path})")
+
+    def _entries(self) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+        """The files of each prefix that a store wrote, by their names; links are none."""
+        for prefix in _listed(self.folder):
+            if _DIGEST.fullmatch(prefix.name) and prefix.is_dir(follow_symlinks=False):
+                parts = (part for part in _listed(prefix) if _PART.fullmatch(part.name))
+                yield (
+                    prefix.name,
+                    [
+                        entry
+                        for part in parts
+                        if part.is_dir(follow_symlinks=False)
+                        for entry in _listed(part)
+                        if _ENTRY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+                    ],
+                )
+
+    def _being_written(self) -> list[os.DirEntry[str]]:
+        """What this or another process is writing, or was killed while it wrote."""
+        listed = _listed(self.folder / _UNFINISHED)
+        return [file for file in listed if _BEING_WRITTEN.fullmatch(file.name) and file.is_file(follow_symlinks=False)]
 
     def _path(self, key: Key) -> Path:
+        if not all(map(_DIGEST.fullmatch, key)):
+            raise InputError(f"{key} is not the key of an entry, expected two digests of 64 hexadecimal digits")
         # Folders of a 256th of the examples: many file systems are slow with a million files in one.
         return self.folder / key.prefix / key.example[:2] / f"{key.example}.safetensors"
 
@@ -163,7 +210,8 @@ class ActivationStore:
         if self.max_bytes is None:
             return True
         if self._written_since_counting >= _COUNTED_EVERY:
-            self._size = _size_of(self.folder)
+            files = [*self._being_written(), *(entry for _, entries in self._entries() for entry in entries)]
+            self._size = sum(map(_size_of, files))
             self._written_since_counting = 0
         return self._size + size <= self.max_bytes
 
@@ -176,12 +224,21 @@ class ActivationStore:
         )
 
     def _remove_left_behind(self) -> None:
-        for path in (self.folder / _UNFINISHED).iterdir():
-            try:
-                if time.time() - path.stat().st_mtime > _LEFT_BEHIND:
-                    path.unlink(missing_ok=True)
-            except FileNotFoundError:  # its process has just finished it, or another one removed it
-                continue
+        for file in self._being_written():
+            with suppress(OSError):  # its process has just finished it, or it is another user's
+                if time.time() - file.stat().st_mtime > _LEFT_BEHIND:
+                    os.unlink(file)
+
+
+def _folder(given: Any) -> Path:
+    """InputError where it is no path of a folder."""
+    path = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path:
+        raise InputError(
+            f"the folder for activations is {given!r}, expected a path, such as 'activations', or '.' for the working "
+            "directory"
+        )
+    return Path(path)
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -192,16 +249,14 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return f"{value:08x}"
 
 
-def _size_of(folder: Path) -> int:
-    """Bytes of all files in the folder, those that are being written included."""
-    total = 0
-    try:
-        with os.scandir(folder) as found:
-            for item in found:
-                if item.is_dir(follow_symlinks=False):
-                    total += _size_of(Path(item.path))
-                else:
-                    total += item.stat(follow_symlinks=False).st_size
-    except FileNotFoundError:  # removed meanwhile
-        return total
-    return total
+def _listed(folder: str | Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    """Nothing where it was removed meanwhile, or may not be read."""
+    with suppress(OSError), os.scandir(folder) as found:
+        return list(found)
+    return []
+
+
+def _size_of(file: os.DirEntry[str]) -> int:
+    with suppress(OSError):  # removed meanwhile
+        return file.stat(follow_symlinks=False).st_size
+    return 0
