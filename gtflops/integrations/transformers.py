@@ -538,7 +538,7 @@ def _whole_epochs(trainer: Training) -> int | None:
     if trainer.state.num_train_epochs == sys.maxsize:
         return None
     batches, accumulated = len(trainer.callback_handler.train_dataloader), trainer.args.gradient_accumulation_steps
-    in_epoch = max(1, math.ceil(batches / accumulated))
+    in_epoch: int = max(1, math.ceil(batches / accumulated))
     max_steps: int = trainer.args.max_steps
     return max_steps // in_epoch
 
