@@ -3,6 +3,9 @@
 A *block* is a module in a list of modules (``model.layers.3``), the outermost of those around an operator. A block that
 depends on no trained tensor gives the same activations for an example in every epoch: what other parts of the step
 take from it is stored in the first pass, and the block is not run again. Dropout is left out in it then.
+
+What a decoder beside an encoder is given is made of the labels, padded to the longest of the batch: its blocks do not
+give the same for an example in other company.
 """
 
 import re
@@ -21,6 +24,21 @@ _RANDOM = re.compile(
     r"multinomial|poisson|binomial|rrelu_with_noise|_sample_dirichlet|_standard_gamma)"
 )
 
+#: Arguments of forward passes that are there for the loss: blocks that depend on them are a decoder's.
+TARGETS = frozenset(
+    {
+        "labels",
+        "label",
+        "label_ids",
+        "next_sentence_label",
+        "sentence_order_label",
+        "start_positions",
+        "end_positions",
+        "num_items_in_batch",
+        "shift_labels",
+    }
+)
+
 #: Operators that write into memory that they are given.
 WRITES = re.compile(r"_(\.\w+)?$|out$")
 _BEFORE = (Phase.PARAMETER, Phase.BUFFER, Phase.BATCH, Phase.CONSTANT)
@@ -31,9 +49,9 @@ class Block:
     """A block of the forward pass.
 
     ``depends_on`` has bit k set where it depends on tensor k (in backward order), and the bit after the last tensor
-    where it is never constant. ``nodes`` are the indices of its forward operators, without those that only prepare
-    what other blocks take from it besides activations (T5's first block makes the position bias of all): these contain
-    no matrix product, and run in any case.
+    where it is never constant: random numbers, batch statistics, and labels. ``nodes`` are the indices of its forward
+    operators, without those that only prepare what other blocks take from it besides activations (T5's first block
+    makes the position bias of all): these contain no matrix product, and run in any case.
     """
 
     name: str
@@ -72,6 +90,8 @@ def blocks(graph: Graph, names: Sequence[str], prices: npt.NDArray[np.int64]) ->
     for index, node in enumerate(nodes):
         if node.phase is Phase.PARAMETER:
             depends_on[index] = moved_by.get(node.name, 0)
+        if node.phase is Phase.BATCH and (node.name in TARGETS or node.name.startswith("decoder_")):
+            depends_on[index] = never
         if node.phase is not Phase.FORWARD:
             continue
         for source in node.inputs:

@@ -41,7 +41,6 @@ class Problem:
     cost: CostName
     epochs_left: int | None
     held: tuple[str, ...]
-    among: tuple[str, ...] | None
     form_name: FormName
     granularity: Granularity
     max_elements: int | None
@@ -66,18 +65,17 @@ class Problem:
         reuse: Reuse | None = None,
         epochs_left: int | None = None,
         held: tuple[str, ...] = (),
-        among: tuple[str, ...] | None = None,
         allow_unsupported: bool = False,
     ) -> "Problem":
-        """Arguments and errors are those of :func:`gtflops.select`; ``held`` and ``among`` are those of
-        :meth:`gtflops.Profile.form`, and nothing that ``held`` blocks depend on is trained."""
+        """Arguments and errors are those of :func:`gtflops.select`; ``held`` are those of
+        :meth:`gtflops.Profile.form`, and nothing that they depend on is trained."""
         if not allow_unsupported:
             profile.require_prices()
         _require_one_of("form", form, FormName)
         _require_one_of("granularity", granularity, Granularity)
         max_elements = None if max_elements is None else _positive_integer("max_elements", max_elements)
         epochs_left = _epochs_left(reuse, epochs_left)
-        whole = exact_form(profile, cost, epochs_left, held, among)
+        whole = exact_form(profile, cost, epochs_left, held)
         values = _values(profile, importance)
         forced = matching(profile.names, "must_train", must_train)
         frozen = matching(profile.names, "must_freeze", must_freeze) | profile.below(held)
@@ -96,7 +94,6 @@ class Problem:
             cost,
             epochs_left,
             held,
-            among,
             form,
             granularity,
             max_elements,
@@ -109,9 +106,9 @@ class Problem:
         problem._require_something_to_train()
         return problem
 
-    def over_epochs(self, epochs_left: int) -> "Problem":
-        """The same problem with reuse over another number of epochs."""
-        whole = exact_form(self.profile, self.cost, epochs_left, self.held, self.among)
+    def over_epochs(self, epochs_left: int | None) -> "Problem":
+        """The same problem with reuse over another number of epochs, or without it."""
+        whole = exact_form(self.profile, self.cost, epochs_left, self.held)
         item_of = self.item_of if self.granularity == "layer" else None
         form = _left(whole, self.form_name, self.forced, item_of)
         return replace(self, epochs_left=epochs_left, form=form)
@@ -123,7 +120,7 @@ class Problem:
     def solve(self, limit: int) -> Solution:
         """The best tensors whose step costs at most ``limit``; InfeasibleBudgetError where there are none."""
         if limit < self.form.base:
-            raise self._infeasible(limit)
+            raise self.infeasible(limit)
         best = (
             self.form.solve(self.worth, limit)
             if self.max_elements is None
@@ -134,7 +131,7 @@ class Problem:
             room = self._room - int(self._elements[chosen].sum())
             chosen = fill(self.form, chosen, self.worth, self._elements, limit, room)
         if not chosen.any() and not self._forced_train:
-            raise self._infeasible(limit)
+            raise self.infeasible(limit)
         mask = self.forced | chosen[self.item_of]
         cost = self.exact.total(mask)
         if cost > limit:
@@ -149,7 +146,7 @@ class Problem:
     @property
     def exact(self) -> GraphForm:
         """All tensors, at their exact cost."""
-        return exact_form(self.profile, self.cost, self.epochs_left, self.held, self.among)
+        return exact_form(self.profile, self.cost, self.epochs_left, self.held)
 
     @cached_property
     def smallest(self) -> int:
@@ -201,14 +198,17 @@ class Problem:
                 f"smallest has {least}"
             )
 
-    def _infeasible(self, limit: int) -> InfeasibleBudgetError:
+    def infeasible(self, limit: int) -> InfeasibleBudgetError:
+        """The error of a limit below the smallest that a selection fits."""
         assert limit < self.smallest
         always, full = self.exact.base, self.full
         if limit < always:
             runs = _RUNS_ALWAYS if self.profile.step_flops("none").backward else "the forward pass alone"
-            if self.epochs_left is not None:
+            if self.held:
+                runs += f", without the {len(self.held)} blocks whose activations are stored"
+            elif self.epochs_left is not None and always < self.over_epochs(None).exact.base:
                 runs += f", its blocks run in one of {self.epochs_left} epochs"
-            reason = f"is below {runs} ({always / full:.4f} of a full step{self._other_floor()})"
+            reason = f"is below {runs} ({always / full:.4f} of a full step)"
         elif self._forced_train:
             reason = "leaves too little for what must train"
         else:
@@ -217,27 +217,33 @@ class Problem:
                 reason += f" and at most {self.max_elements} elements"
         if self.form_name == "chain" and limit >= always:
             reason += " in the chain form"
-        least = -(-10_000 * self.smallest // full) / 10_000  # rounded up
         if self.cost == "flops":
             given, exact = format_flops(limit), f"budget_flops={self.smallest}"
         else:
             given, exact = format_seconds(limit / 1e9), f"budget_seconds={self.smallest / 1e9!r}"
         return InfeasibleBudgetError(
-            f"budget {limit / full:.4f} ({given}) {reason}; the smallest feasible budget for this model and batch is "
-            f"{least:.4f} ({exact})"
+            f"budget {limit / full:.4f} ({given}) {reason}; {self._other_floor()}the smallest feasible budget for this "
+            f"model and batch is {self._share(self.smallest)} ({exact})"
         )
 
     def _other_floor(self) -> str:
-        """What a step costs whatever is trained, with reuse in the limit of many epochs and without."""
-        if self.profile.graph.always:
+        """The smallest feasible budget without reuse where this is with it, and the other way round."""
+        if self.held:  # what stands below was never asked
+            return f"without reuse, the forward pass alone is {self._share(exact_form(self.profile, self.cost).base)}; "
+        if self.profile.graph.always or not self.profile.blocks:
             return ""
-        without = exact_form(self.profile, self.cost).base / self.full
-        with_reuse = exact_form(self.profile, self.cost, _MANY_EPOCHS).base / self.full
-        if self.epochs_left is not None:
-            return f"; without reuse {without:.4f}"
-        if with_reuse < without:
-            return f"; reuse='prefix' lowers that, down to {with_reuse:.4f} over many epochs"
-        return ""
+        without, with_reuse = (self.over_epochs(epochs).smallest for epochs in (None, _MANY_EPOCHS))
+        if self.epochs_left is not None and self.smallest < without:
+            return f"without reuse, none below {self._share(without)} is feasible; "
+        if with_reuse >= without:
+            same = "reuse changes nothing, because nothing below what would be trained can be left out; "
+            return "" if self.epochs_left is None else same
+        not_here = ", but only where an epoch begins that whole ones follow: not here" if self.epochs_left == 1 else ""
+        return f"reuse='prefix' makes {self._share(with_reuse)} feasible over many epochs{not_here}; "
+
+    def _share(self, cost: int) -> str:
+        """Of a full step, rounded up."""
+        return f"{-(-10_000 * cost // self.full) / 10_000:.4f}"
 
 
 def _left(
@@ -255,11 +261,10 @@ def exact_form(
     cost: CostName,
     epochs_left: int | None = None,
     held: tuple[str, ...] = (),
-    among: tuple[str, ...] | None = None,
 ) -> GraphForm:
     """The problem over all tensors of a profile, at its exact cost. InputError without such a cost."""
     _require_one_of("cost", cost, CostName)
-    return profile.form(cost, epochs_left, held, among)
+    return profile.form(cost, epochs_left, held)
 
 
 def full_cost(profile: Profile, cost: CostName) -> int:

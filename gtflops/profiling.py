@@ -20,7 +20,7 @@ from gtflops.blocks import Block, blocks, boundary_bytes, skipped
 from gtflops.closure import AFTER_FORWARD, CopiedByFields, Segments, needed_by, saved_bytes
 from gtflops.compiled import CompiledStep
 from gtflops.constant import ConstantPart, constant_part
-from gtflops.errors import InputError, SavedFileError, UnsupportedOperatorError
+from gtflops.errors import InputError, SavedFileError, UnsupportedModelError, UnsupportedOperatorError
 from gtflops.files import write_whole
 from gtflops.forms import CostName, GraphForm, Sum
 from gtflops.graph import GETITEM, Graph, Node, Phase, Uses
@@ -297,24 +297,21 @@ class Profile(CopiedByFields):
         cost: CostName,
         epochs_left: int | None = None,
         held: tuple[str, ...] = (),
-        among: tuple[str, ...] | None = None,
     ) -> GraphForm:
         """The problem of choosing tensors within a limit of FLOPs or nanoseconds, as the solver takes it.
 
         With ``epochs_left``, each example's activations below the trained tensors are stored in the first of so many
-        epochs and read in the others, and costs are those of a step on average, rounded up by less than 1 a block;
-        ``among`` are the blocks that this may be done with, where it is not all of them.
+        epochs and read in the others, and costs are those of a step on average, rounded up by less than 1 a block.
         ``held`` are blocks whose activations are stored already: they are not run, and costs hold where nothing
-        that :meth:`below` says is trained. InputError where times are asked for that were not measured.
+        that :meth:`below` says is trained. InputError where times are asked for that were not measured, and
+        UnsupportedModelError with ``epochs_left`` for a model without blocks.
         """
-        key = cost, epochs_left, held, among
+        key = cost, epochs_left, held
         if key not in self._forms:
             self._forms[key] = self._form(*key)
         return self._forms[key]
 
-    def _form(
-        self, cost: CostName, epochs_left: int | None, held: tuple[str, ...], among: tuple[str, ...] | None
-    ) -> GraphForm:
+    def _form(self, cost: CostName, epochs_left: int | None, held: tuple[str, ...]) -> GraphForm:
         if cost == "flops":
             segments, forward, sums = self._segments, int(self._forward.sum()), self._sums
         elif self.nanoseconds is not None:
@@ -331,8 +328,9 @@ class Profile(CopiedByFields):
             stored = sum(int(prices[:, block.nodes].sum()) for block in self._blocks_named(held))
             return GraphForm.of(base - stored, segments, sums)
         self._require_reusable()
+        self.require_blocks()
         saved: list[tuple[int, int]] = []  # for each block, the tensors that need it in every epoch, and what it saves
-        for block in self.blocks if among is None else self._blocks_named(among):
+        for block in self.blocks:
             if not block.depends_on >> len(self.names):
                 flops = int(prices[:, block.nodes].sum())
                 saved.append((block.depends_on, flops - -(-flops // epochs_left)))
@@ -348,6 +346,15 @@ class Profile(CopiedByFields):
                 f"this step of {self.graph.model} computes gradients of tensors that are no parameters, through all "
                 "blocks whatever is trained; expected none for reuse='prefix': "
                 "model.disable_input_require_grads() ends them"
+            )
+
+    def require_blocks(self) -> None:
+        """UnsupportedModelError for a model in which there is nothing to leave out."""
+        if not self.blocks:
+            raise UnsupportedModelError(
+                f"{self.graph.model} has no blocks that could be left out; expected a ModuleList or Sequential of "
+                "them, as transformers' models have, or, in a loop of your own, a boundary of your own for "
+                "gtflops.reuse.Prefix"
             )
 
     @cached_property
@@ -410,8 +417,10 @@ class Profile(CopiedByFields):
         ten microseconds. InputError for a name that the profile does not have or a mask of the wrong length.
 
         ``reuse="prefix"`` is the step of a later epoch, where blocks that no trained tensor stands below are not run:
-        what they give for an example was stored in the first epoch. Dropout is off in them then; where it was on in
-        the trace, ``stored`` has its few FLOPs all the same. Time is linear in the nodes of the graph: milliseconds.
+        what they give for an example was stored in the first epoch. Of an encoder-decoder, these are blocks of the
+        encoder: the decoder's are given labels. A model without blocks has none. Dropout is off in them then; where it
+        was on in the trace, ``stored`` has its few FLOPs all the same. Time is linear in the nodes of the graph:
+        milliseconds.
 
         >>> import gtflops
         >>> profile = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)

@@ -72,8 +72,8 @@ class Selection:
 
     @property
     def reuses(self) -> bool:
-        """Whether blocks below the selected tensors are read from a store."""
-        return self.epochs_left is not None and bool(self.profile.step_flops(self.mask, reuse="prefix").blocks)
+        """Whether blocks below the selected tensors are read from a store, which takes two epochs."""
+        return (self.epochs_left or 1) > 1 and bool(self.profile.step_flops(self.mask, reuse="prefix").blocks)
 
     @property
     def importance_captured(self) -> float:
@@ -189,7 +189,9 @@ def select(
         InputError: an argument is not as above, a pattern matches nothing or both patterns match a tensor, or nothing
             would be trained.
         UnsupportedOperatorError: an operator has no price.
-        InfeasibleBudgetError: no selection fits; the message names the smallest budget that one fits.
+        UnsupportedModelError: with ``reuse``, a model without blocks (a list of modules) that could be left out.
+        InfeasibleBudgetError: no selection fits; the message names the smallest budget that one fits, with reuse and
+            without where they differ.
 
     >>> import gtflops
     >>> profile = gtflops.profile("facebook/opt-125m", batch_size=4, seq_len=128)
@@ -225,7 +227,7 @@ def selection_of(problem: Problem, limit: int, solution: Solution) -> Selection:
         importance=problem.importance,
         mask=solution.mask,
         budget_flops=limit if problem.cost == "flops" else None,
-        flops=problem.profile.form("flops", problem.epochs_left, problem.held, problem.among).total(solution.mask),
+        flops=problem.profile.form("flops", problem.epochs_left, problem.held).total(solution.mask),
         value=solution.value,
         upper_bound=solution.upper_bound,
         optimal=solution.optimal,

@@ -29,15 +29,16 @@ class OperatingPoint:
     what has less would not lower the loss by this estimate. (``budget=None`` trains those too.)
 
     ``gain`` is what is predicted of ``selection``, by what is predicted of ``everything``: importance per FLOP or,
-    under a total, importance times the steps that it pays for. No selection has more than ``upper_bound``. ``steps``
-    and ``full_steps`` are what the total pays for of the one and of the other; ``None`` without a total. ``reason``
-    says it in a sentence.
+    under a total, importance times the steps that it pays for, parts of one included: ``predicted``, which is above 0.
+    No selection has a gain above ``upper_bound``. ``steps`` and ``full_steps`` are what the total pays for of the one
+    and of the other; ``None`` without a total. ``reason`` says it in a sentence.
     """
 
     selection: Selection
     everything: Selection
     gain: float
     upper_bound: float
+    predicted: float
     steps: int | None
     full_steps: int | None
 
@@ -55,12 +56,6 @@ class OperatingPoint:
         return bool((self.selection.mask == self.everything.mask).all())
 
     @property
-    def predicted(self) -> float:
-        """What ``gain`` is the ratio of: importance per FLOP or, under a total, importance times steps."""
-        selection = self.selection
-        return selection.value / selection.flops if self.steps is None else selection.value * self.steps
-
-    @property
     def per_flop(self) -> float:
         """Importance per FLOP of a step, by that of training everything."""
         full = self.everything
@@ -74,6 +69,8 @@ class OperatingPoint:
     @property
     def reason(self) -> str:
         """Why this, in a sentence without its capital letter and its full stop."""
+        if self.steps == 0:
+            return "the total pays for less than one step"
         if self.trains_everything:
             if self.full_steps is None:
                 return "training everything is predicted to bring more per FLOP than any selection"
@@ -231,6 +228,7 @@ def point_of(problem: Problem, spending: Spending | None = None) -> OperatingPoi
         everything=everything,
         gain=most / full,
         upper_bound=max(most, bound) / full,
+        predicted=most,
         steps=None if spending is None else int(spending.steps(best)),
         full_steps=None if spending is None else int(spending.steps(everything)),
     )

@@ -84,7 +84,7 @@ def test_a_budget_below_the_forward_pass_learns(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = small_models.build("llama")
     batches = [small_models.padded_batch() for _ in range(3)]
-    with pytest.raises(InfeasibleBudgetError, match="reuse='prefix' lowers that"):
+    with pytest.raises(InfeasibleBudgetError, match="reuse='prefix' makes 0"):
         trainer_for(copy.deepcopy(model), batches, None, budget=0.25).fit(batches, epochs=8)
     log = trainer_for(model, batches, tmp_path, budget=0.25, measure=gtflops.measure_importance).fit(batches, epochs=8)
     losses = [step.loss for step in log.steps if step.loss is not None]
@@ -172,6 +172,16 @@ def only(layer: int) -> Callable[[str], float]:
     return lambda name: 1.0 if f"layers.{layer}." in name else 1e-9 if "lm_head" in name else 0.0
 
 
+def test_of_an_encoder_decoder_a_step_costs_what_its_profile_says(tmp_path: Path) -> None:
+    model, batches = family_of("t5-encoder")
+    without_dropout(model)
+    profile = gtflops.profile(model, batches[0])
+    mask = profile.mask(top(profile, 0))
+    log = trainer_for(model, batches, tmp_path, choose=top).fit(batches, epochs=2)
+    assert log.planned_flops / 6 == pytest.approx(profile.form("flops", 2).total(mask), abs=len(profile.blocks))
+    assert log.selections[0].held == profile.step_flops(mask, reuse="prefix").blocks
+
+
 def test_the_boundary_is_held_until_moving_it_pays(tmp_path: Path) -> None:
     """Importance moves from the last layer to the first, in the second of many epochs."""
     model, batches = family_of("llama")
@@ -198,6 +208,20 @@ def test_a_boundary_moves_at_the_start_of_an_epoch_only(tmp_path: Path) -> None:
     assert log.planned_flops <= 0.7 * log.full_flops
 
 
+def test_a_selection_within_an_epoch_is_made_again_at_the_start_of_the_next(tmp_path: Path) -> None:
+    """Where no multiple of ``every`` falls on it: the boundary would stay."""
+    model, batches = family_of("llama")
+    measure = measuring([only(2)] + [only(0)] * 20)
+    trainer = trainer_for(model, batches, tmp_path, budget=0.7, every=2, measure=measure)
+    left: list[int] = []
+    log = trainer.fit(batches, epochs=4, on_step=lambda _: left.append(trainer._selections_left()))
+    held = [(record.step, len(record.held)) for record in log.selections]
+    assert held == [(0, 2), (2, 2), *((step, 0) for step in (3, 4, 6, 8, 9, 10))]
+    assert left == [sum(step > made for step, _ in held) for made in range(1, 13)]
+    log = trainer_for(model, batches, None, budget=0.7, every=2, measure=measuring([only(0)] * 20)).fit(batches, 2)
+    assert [record.step for record in log.selections] == [0, 2, 4], "without reuse, there is none to move"
+
+
 def test_full_training_has_nothing_to_reuse(tmp_path: Path) -> None:
     model, batches = family_of("llama")
     log = trainer_for(model, batches, tmp_path, budget=None).fit(batches, epochs=2)
@@ -210,7 +234,13 @@ def test_one_epoch_has_nothing_to_reuse(tmp_path: Path) -> None:
     trainer = trainer_for(model, batches, tmp_path, budget=0.6)
     log = trainer.fit(batches, epochs=9, num_steps=4)  # the second epoch is not a whole one
     assert log.selections[0].held == ()
+    assert log.selections[0].selection is not None
+    assert not log.selections[0].selection.reuses
     assert log.planned_flops <= 0.6 * log.full_flops
+    for length in ({"epochs": 1}, {"epochs": 2, "num_steps": 4}):
+        trainer = trainer_for(model, batches, tmp_path, budget=0.3)
+        with pytest.raises(InfeasibleBudgetError, match="only where an epoch begins that whole ones follow: not here"):
+            trainer.fit(batches, **length)
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------
@@ -353,6 +383,13 @@ def test_in_the_trainer_planned_is_executed(kind: str, tmp_path: Path) -> None:
     assert all(tensor.requires_grad for tensor in trainer.model.parameters())
 
 
+def test_in_the_trainer_a_number_of_steps_that_is_whole_epochs(tmp_path: Path) -> None:
+    callback = GreenTrainerCallback(0.3, reuse="prefix", store=tmp_path / "store")
+    trainer_of(small_models.build("llama"), tmp_path, callback, max_steps=12).train()
+    assert [step.reused for step in callback.log.steps] == [False] * 6 + [True] * 6
+    assert callback.log.planned_flops <= 0.3 * callback.log.full_flops
+
+
 def test_in_the_trainer_weights_are_those_without_reuse(tmp_path: Path) -> None:
     found = []
     for number, reuse in enumerate(({}, {"reuse": "prefix", "store": tmp_path / "store"})):
@@ -463,6 +500,18 @@ def test_auto_with_a_total_never_exceeds_it(tmp_path: Path) -> None:
     total = Total(flops=60_000_000)
     log = trainer_for(model, batches, tmp_path, budget=Auto(total)).fit(batches, epochs=6)
     assert 0.8 * 60_000_000 < log.planned_flops + log.measuring_flops <= 60_000_000
+
+
+@pytest.mark.parametrize("full_steps", [3.9, 4.6])
+def test_auto_with_a_rest_of_less_than_a_step_ends(full_steps: float, tmp_path: Path) -> None:
+    """Held against what storing anew brings, it was divided by the steps that the rest pays for."""
+    model, batches = family_of("llama")
+    total = int(full_steps * gtflops.profile(model, batches[0]).full_flops)
+    trainer = trainer_for(model, batches, tmp_path, budget=Auto(Total(flops=total)), measure=measuring([only(2)] * 8))
+    log = trainer.fit(batches, epochs=6)
+    assert str(log.stopped).startswith(f"Total(flops={total}) is spent")
+    assert log.planned_flops + log.measuring_flops <= total
+    assert not any("for 0 steps" in str(record.reason) for record in log.selections)
 
 
 # --- and without padding ------------------------------------------------------------------------------------------

@@ -191,6 +191,9 @@ def test_reasons() -> None:
     assert point.reason == "at this budget, training everything for 148 steps is predicted to beat selection"
     one = gtflops.operating_point(profile, even, total_flops=1.5 * profile.full_flops, num_steps=300)
     assert one.reason == "at this budget, training everything for 1 step is predicted to beat selection"
+    none = gtflops.operating_point(profile, even, total_flops=0.5 * profile.full_flops, num_steps=300)
+    assert none.reason == "the total pays for less than one step"
+    assert none.steps == 0 < none.predicted
     point = gtflops.operating_point(profile, top)
     what = f"training {len(point.selection.names)} of {len(profile.names)} tensors at {point.share:.2f} of a full step"
     assert point.reason == f"{what} is predicted to bring {point.gain:.2f}x per FLOP what full training brings"

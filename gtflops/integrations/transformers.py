@@ -535,8 +535,12 @@ def _whole_epochs(trainer: Training) -> int | None:
     """Passes over the data that the Trainer makes to their end; ``None`` for data without a length."""
     if trainer.args.max_steps <= 0:
         return int(trainer.args.num_train_epochs)
-    epochs: int = trainer.state.num_train_epochs
-    return None if epochs == sys.maxsize else epochs - 1  # the last one may be cut short
+    if trainer.state.num_train_epochs == sys.maxsize:
+        return None
+    batches, accumulated = len(trainer.callback_handler.train_dataloader), trainer.args.gradient_accumulation_steps
+    in_epoch: int = max(1, math.ceil(batches / accumulated))
+    max_steps: int = trainer.args.max_steps
+    return max_steps // in_epoch
 
 
 def _progress_of(state: TrainerState, name: str) -> Mapping[str, Any]:

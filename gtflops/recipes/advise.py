@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gtflops.errors import InfeasibleBudgetError, InputError
+from gtflops.errors import InfeasibleBudgetError, InputError, UnsupportedModelError
 from gtflops.forms import Solution
 from gtflops.importance import measure_importance
 from gtflops.problem import Problem, limit_of
@@ -209,7 +209,7 @@ def advise(
                 epochs_left=settings.epochs,
                 allow_unsupported=settings.allow_unsupported,
             )
-        except InputError as error:
+        except (InputError, UnsupportedModelError) as error:
             notes.append(f"reuse is left out: {error}")
     else:
         notes.append("reuse is left out: what is stored in an epoch is read in those after it, and there is one")

@@ -7,25 +7,13 @@ from typing import Any
 
 import torch
 
+from gtflops import blocks
 from gtflops.capture.batches import TARGET_POSITIONS
 from gtflops.errors import InputError
 from gtflops.reuse.digests import bytes_of, header_of
 
 #: Arguments of forward passes that only the loss reads.
-TARGETS = frozenset(
-    {
-        "labels",
-        "label",
-        "label_ids",
-        "next_sentence_label",
-        "sentence_order_label",
-        "start_positions",
-        "end_positions",
-        "num_items_in_batch",
-        "shift_labels",
-        TARGET_POSITIONS,
-    }
-)
+TARGETS = blocks.TARGETS | {TARGET_POSITIONS}
 #: Inputs with one column a token.
 OF_TOKENS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"})
 #: Other inputs of transformers' models whose first axis is that of the examples, where there is no text beside them.

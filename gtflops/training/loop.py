@@ -101,6 +101,8 @@ class GreenTrainer:
             what brings the most importance per FLOP, if need be everything for fewer steps. It is asked at each
             selection. ``None`` trains every candidate, the full fine-tuning to compare with.
         every: when to select anew: a number of optimizer steps, ``"epoch"``, or a function of the number of steps made.
+            With ``reuse``, a selection within an epoch is followed by one at the start of the next, where what is
+            stored can be changed.
         until: ends the run before the step that it does not pay for, measuring importance included, whatever is trained
             and however it is chosen: what ways to train are compared at that differ in what a step costs.
         loss: ``loss(outputs, batch)``, a scalar tensor; ``outputs.loss`` without it.
@@ -553,13 +555,10 @@ class GreenTrainer:
         if self._reusing.held:
             with suppress(InputError, InfeasibleBudgetError):  # nothing above it is worth training, or fits
                 problems.append(Problem.of(costs, importance, held=self._reusing.held, **self._conditions))
-        if self._may_move():
-            epochs_left = self._epochs_left()
-            among = self._reusing.among
-            problems.append(
-                Problem.of(costs, importance, reuse="prefix", epochs_left=epochs_left, among=among, **self._conditions)
-            )
-        return problems or [Problem.of(costs, importance, **self._conditions)]
+        if self._may_move() or not problems:
+            epochs_left = self._epochs_left() if self._may_move() else 1  # nothing that is stored would be read
+            problems.append(Problem.of(costs, importance, reuse="prefix", epochs_left=epochs_left, **self._conditions))
+        return problems
 
     def _point(self, problems: Sequence[Problem], progress: Progress) -> tuple[int, dict[str, Any], str] | None:
         """What a budget wants trained, and why, as plain data for the other processes, after the number of its problem;
@@ -580,7 +579,7 @@ class GreenTrainer:
             return None
         number, problem, point = max(points, key=lambda one: one[2].predicted)
         reason = point.reason
-        if problem.held:  # its "everything" is what stands above the boundary
+        if problem.held and point.steps != 0:  # its "everything" is what stands above the boundary
             reason = _described(problem, point.selection)
             others = [other.predicted for _, _, other in points if other is not point]
             reason += "".join(f", {point.predicted / other:.2f}x what storing anew brings" for other in others)
@@ -611,11 +610,19 @@ class GreenTrainer:
         made, steps = len(self.log.steps), self.num_steps or 0
         if self.every == "epoch":
             return max(0, (self.num_epochs or 1) - self.epoch - 1)
-        if isinstance(self.every, int):
-            return max(0, (steps - 1) // self.every - made // self.every)
         if self._due is None or self._due[:2] != (self.every, steps):  # asked once of each step, not at each selection
-            self._due = self.every, steps, [step for step in range(steps) if self.every(step)]
+            self._due = self.every, steps, self._steps_due(steps)
         return len(self._due[2]) - bisect_right(self._due[2], made)
+
+    def _steps_due(self, steps: int) -> list[int]:
+        """Before which of so many steps of a run a selection is due, one after the other."""
+        assert self.every != "epoch"
+        every = self.every
+        due = set(range(0, steps, every) if isinstance(every, int) else filter(every, range(steps)))
+        if self._reusing is not None:  # at the start of the epoch after one with a selection within
+            in_epoch = max(1, steps // (self.whole_epochs or 1))
+            due.update([step + in_epoch - step % in_epoch for step in due if step % in_epoch])
+        return sorted(step for step in due if step < steps)
 
     def _progress(self, full: int, smallest_share: float = 0.0, measuring_left: int = 0) -> Progress:
         """``full`` is what the coming step costs in full."""
@@ -804,9 +811,16 @@ class GreenTrainer:
     # --- what to train --------------------------------------------------------------------------------------------
 
     def _is_due(self, step: int, starts_epoch: bool) -> bool:
-        if self.every == "epoch" or (starts_epoch and isinstance(self.budget, ByEpoch)):
+        if self.every == "epoch" or (starts_epoch and (isinstance(self.budget, ByEpoch) or self._is_boundary_due())):
             return starts_epoch
         return bool(self.every(step)) if callable(self.every) else step % self.every == 0
+
+    def _is_boundary_due(self) -> bool:
+        """Whether the last selection fell within an epoch: the boundary can move at the start of the next one."""
+        if self._reusing is None:
+            return False
+        last = self.log.selections[-1]
+        return last.step > 0 and self.log.steps[last.step - 1].epoch == last.epoch
 
     def _within_budget(self, costs: list[BatchCosts], full: int) -> tuple[int, tuple[int, int], frozenset[str], int]:
         """FLOPs that all steps may cost up to this one, and what is owed of them by steps to come; what to train in it
@@ -1022,12 +1036,11 @@ def _better_of(problems: Sequence[Problem], limit: int) -> tuple[Selection, Prob
     """The selection of most importance among the best of each problem, which are the first ones to hold what is stored;
     and why, where there was a choice. InfeasibleBudgetError where no problem has one."""
     found: list[tuple[Problem, Selection]] = []
-    for number, problem in enumerate(problems, start=1):
-        try:
+    for problem in problems:
+        with suppress(InfeasibleBudgetError):
             found.append((problem, selection_of(problem, limit, problem.solve(limit))))
-        except InfeasibleBudgetError:
-            if number == len(problems) and not found:
-                raise
+    if not found:
+        raise min(problems, key=lambda problem: problem.smallest).infeasible(limit)
     problem, best = max(found, key=lambda pair: pair[1].value)
     if len(problems) == 1:
         return best, problem, None

@@ -16,7 +16,6 @@ from gtflops.graph import Phase, Uses
 from gtflops.operators import Call
 from gtflops.profiling import Profile, Trainable
 from gtflops.reuse import ActivationStore, PlannedPass, Prefix
-from gtflops.reuse.blocks import is_of_encoder
 from gtflops.training.pricing import Prices
 
 
@@ -79,7 +78,6 @@ class Reusing:
 
     def __init__(
         self,
-        profile: Profile,
         model: torch.nn.Module,
         prices: Prices,
         loss: Loss | None,
@@ -93,8 +91,6 @@ class Reusing:
         self.owed = 0
         self.owed_ahead = 0
         """What the steps of the present epoch spent on later ones: none of it is paid back before these."""
-        self.among = _reusable(profile, model)
-        """The blocks that may be held."""
         self._model = model
         self._ordinary = prices
         self._as_run: Prices | None = None
@@ -134,7 +130,7 @@ class Reusing:
         for name in profile.step_flops(trained, reuse="prefix").blocks:
             path = name.rpartition(".")[0]
             # What is trained without a gradient needs no block; where it stands in one, it may not be left out.
-            if name not in self.among or any(tensor.startswith(f"{name}.") for tensor in trained):
+            if any(tensor.startswith(f"{name}.") for tensor in trained):
                 ended.add(path)
             if path not in ended:
                 below.append(name)
@@ -197,14 +193,6 @@ class Reusing:
             self._prefix.load_state_dict(state["prefix"])
 
 
-def _reusable(profile: Profile, model: torch.nn.Module) -> tuple[str, ...]:
-    """The blocks whose input is the same whenever an example comes: not those of a decoder beside an encoder, whose
-    inputs are made of labels, padded to the longest of the batch."""
-    blocks = tuple(block.name for block in profile.blocks)
-    of_encoder = is_of_encoder(model)
-    return blocks if of_encoder is None else tuple(name for name in blocks if of_encoder(model.get_submodule(name)))
-
-
 def _forward_calls(profile: Profile) -> list[Call]:
     return [node.call for node in profile.graph.nodes if node.phase is Phase.FORWARD]
 
@@ -235,9 +223,5 @@ def reusing_of(
             f"the tensors of {profile.graph.model} are sharded, and what a frozen prefix is cannot be told from a part "
             "of it; expected a model that each process holds whole (DDP), or no reuse"
         )
-    if not profile.blocks:
-        raise UnsupportedModelError(
-            f"{profile.graph.model} has no blocks that could be left out; expected a ModuleList or Sequential of them, "
-            "as transformers' models have, or, in a loop of your own, a boundary of your own for gtflops.reuse.Prefix"
-        )
-    return Reusing(profile, model, prices, loss, store, uses)
+    profile.require_blocks()
+    return Reusing(model, prices, loss, store, uses)
