@@ -85,6 +85,7 @@ class Reusing:
         loss: Loss | None,
         store: ActivationStore | str | Path,
         uses: Uses | None,
+        batch_first: bool,
     ) -> None:
         self.store = store if isinstance(store, ActivationStore) else ActivationStore(store)
         self.held: tuple[str, ...] = ()
@@ -95,11 +96,13 @@ class Reusing:
         """What the steps of the present epoch spent on later ones: none of it is paid back before these."""
         self.among = _reusable(profile, model)
         """The blocks that may be held."""
+        self._profile = profile
         self._model = model
         self._ordinary = prices
         self._as_run: Prices | None = None
         self._loss = loss
         self._uses = uses
+        self._batch_first = batch_first
         self._prefix: Prefix | None = None
         self._has_warned = False
 
@@ -110,7 +113,15 @@ class Reusing:
         self.held, self.filled_in = blocks, epoch
         self._prefix, self._as_run = None, None
         if blocks:
-            self._prefix = Prefix(self._model, blocks, self.store)
+            tensors = zip(self._profile.tensors, self._profile.below(blocks), strict=True)
+            self._prefix = Prefix(
+                self._model,
+                blocks,
+                self.store,
+                batch_first=self._batch_first,
+                own_loss=self._loss is not None,
+                apart=[tensor.name for tensor, is_below in tensors if tensor.has_gradient and not is_below],
+            )
             self.store.make_room_again()
 
     def _priced_as_run(self, batch: Any, ordinary: Profile) -> Profile:
@@ -149,10 +160,13 @@ class Reusing:
         planned = self._prefix.plan(batch)
         if not (planned.reused or epoch == self.filled_in or self._has_warned or self.store.full):
             self._has_warned = True
+            why = planned.why_together or (
+                f"{sum(self.store.rejected.values())} entries were damaged; expected the same inputs as in the epoch "
+                "that stored them: no augmentation, no padding in front to other lengths, none left out by turns"
+            )
             warnings.warn(
-                f"epoch {epoch} has examples that nothing is stored of, and they cost more than the budget counts on "
-                f"({sum(self.store.rejected.values())} entries were damaged); expected the same inputs as in the epoch "
-                "that stored them: no augmentation, no padding in front to other lengths, none left out by turns",
+                f"epoch {epoch} has examples that nothing is stored of, and they cost more than the budget counts on: "
+                f"{why}",
                 stacklevel=2,
             )
         return BatchCosts(ordinary, as_run, as_run.stored_flops(self.held), planned, epoch == self.filled_in)
@@ -217,11 +231,13 @@ def reusing_of(
     reuse: Any,
     store: Any,
     uses: Uses | None,
+    batch_first: bool,
 ) -> Reusing | None:
     """From the arguments of a trainer. InputError where they do not go together."""
     if reuse is None:
-        if store is not None:
-            raise InputError(f"store={str(store)!r} given without reuse='prefix', which alone stores activations")
+        if store is not None or batch_first:
+            given = "batch_first=True" if store is None else f"store={str(store)!r}"
+            raise InputError(f"{given} given without reuse='prefix', which alone stores activations")
         return None
     if reuse != "prefix":
         raise InputError(f"reuse is {reuse!r}, expected 'prefix' or None")
@@ -240,4 +256,4 @@ def reusing_of(
             f"{profile.graph.model} has no blocks that could be left out; expected a ModuleList or Sequential of them, "
             "as transformers' models have, or, in a loop of your own, a boundary of your own for gtflops.reuse.Prefix"
         )
-    return Reusing(profile, model, prices, loss, store, uses)
+    return Reusing(profile, model, prices, loss, store, uses, batch_first)
