@@ -64,25 +64,22 @@ def top_of(family: str) -> Callable[[gtflops.Profile, int], list[str]]:
     return lambda profile, step: [name for name in profile.names if re.match(r"encoder\.block\.[23]\.", name)]
 
 
-#: Budgets that the head, and the blocks that are not held, cost more than.
-TOO_SMALL: set[tuple[str, float]] = set()
+WHOLE = [name for name in FAMILIES if name != "t5-half-encoder"]
 
 
 @pytest.mark.filterwarnings("ignore:step .* predicted drop")
-@pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("budget", [0.2, 0.3, 0.6])
+@pytest.mark.parametrize(
+    ("family", "budget"),
+    [*((name, budget) for name in WHOLE for budget in (0.2, 0.3, 0.6)), ("t5-half-encoder", 0.5)],
+)
 def test_planned_is_executed_and_the_budget_holds_over_the_run(family: str, budget: float, tmp_path: Path) -> None:
     model, batches = family_of(family)
-    # In place of what is chosen, for half of an encoder alone to be below it.
+    # What is in the middle of an encoder is not trained for so little by choice.
     must_train = ["encoder.block.2.*.SelfAttention.q.weight"] if family == "t5-half-encoder" else ()
     trainer = trainer_for(model, batches, tmp_path, budget=budget, must_train=must_train)
-    if (family, budget) in TOO_SMALL:  # for what is outside of the blocks, in models as small as these
-        with pytest.raises(InfeasibleBudgetError, match="without reuse"):
-            trainer.fit(batches, epochs=5)
-        return
     log = trainer.fit(batches, epochs=5)
     if must_train:
-        assert set(log.selections[0].held) <= set(FAMILIES[family]()[1])
+        assert log.selections[0].held == tuple(FAMILIES[family]()[1])
     assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
     assert log.planned_flops <= budget * log.full_flops
     assert [step.reused for step in log.steps] == [False] * 3 + [True] * 12
@@ -143,11 +140,11 @@ def loader(family: str, batch_size: int = 2, **options: Any) -> tuple[Any, Any]:
 
 
 #: Moves all scores of a row alike, which a softmax takes away: its gradient is rounding, and AdamW makes steps of it.
-KEY_BIAS = re.compile(r"\.(k_proj|key)\.bias$")
+KEY_BIAS = re.compile(r"\.k_proj\.bias$")
 
 
 @pytest.mark.parametrize(
-    "family", [name if name in ("llama", "opt") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    "family", [name if name == "opt" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_weights_are_those_without_reuse_when_shuffled(family: str, tmp_path: Path) -> None:
     """In single precision, by the norm of each tensor."""
