@@ -576,7 +576,7 @@ class _Reusing(_Pass):
         """``batch_size x ...``, on the device of the hidden states; with zeros at padding that is not stored."""
         rows = [activations[boundary] for activations in self._stored]
         if self._examples[0].is_batch:
-            return rows[0].to(hidden.device)
+            return rows[0].clone().to(hidden.device)  # aligned as what is computed: products round by that
         num_columns = self._examples[0].num_columns
         if num_columns is None:
             return torch.stack(rows).to(hidden.device)
