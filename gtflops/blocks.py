@@ -1,8 +1,9 @@
 """The forward pass in blocks: which of it is the same in every epoch, so that it can be stored instead of computed.
 
 A *block* is a module in a list of modules (``model.layers.3``), the outermost of those around an operator. A block that
-depends on no trained tensor gives the same activations for an example in every epoch: what other parts of the step
-take from it is stored in the first pass, and the block is not run again. Dropout is left out in it then.
+depends on no trained tensor gives the same activations for an example in every epoch: what the last such block of a
+list gives is stored in the first pass, and none of them is run again. Dropout is left out in them then. Where a part
+above takes what a block gives (of CLIP, LLaVA takes the last but one), no block behind that one can be left out.
 
 What a decoder beside an encoder is given is made of the labels, padded to the longest of the batch: its blocks do not
 give the same for an example in other company.
@@ -49,9 +50,10 @@ class Block:
     """A block of the forward pass.
 
     ``depends_on`` has bit k set where it depends on tensor k (in backward order), and the bit after the last tensor
-    where it is never constant: random numbers, batch statistics, and labels. ``nodes`` are the indices of its forward
-    operators, without those that only prepare what other blocks take from it besides activations (T5's first block
-    makes the position bias of all): these contain no matrix product, and run in any case.
+    where it is never constant (random numbers, batch statistics, labels), or cannot be left out because something above
+    takes what a block in front of it gives. ``nodes`` are the indices of its forward operators, without those that only
+    prepare what other blocks take from it besides activations (T5's first block makes the position bias of all): these
+    contain no matrix product, and run in any case.
     """
 
     name: str
@@ -104,9 +106,10 @@ def blocks(graph: Graph, names: Sequence[str], prices: npt.NDArray[np.int64]) ->
             path_of[index] = path
             computed[index] |= bool(prices[0, index])
     prepares = _prepared_for_others(graph, path_of, computed)
+    needed = _behind_what_others_take(graph, {index: path for index, path in path_of.items() if index not in prepares})
     found = []
     for path, indices in members.items():
-        union = 0
+        union = never if path in needed else 0
         for index in indices:
             union |= depends_on[index]
         found.append(Block(path, union, tuple(index for index in indices if index not in prepares)))
@@ -163,3 +166,31 @@ def _prepared_for_others(graph: Graph, path_of: Mapping[int, str], computed: Seq
             if index in prepares or path_of.get(index) != path_of[source]:
                 prepares.add(source)
     return prepares
+
+
+def _behind_what_others_take(graph: Graph, path_of: Mapping[int, str]) -> set[str]:
+    """The blocks that cannot be left out: what a block in front of them in their list gives goes to the loss, or to a
+    block behind them, by a way around them, and only what the last block that is left out gives is stored."""
+    place_of = {path: (path.rpartition(".")[0], int(path.rpartition(".")[2])) for path in set(path_of.values())}
+    #: By operator, and by list of blocks that it is not in: the number of the first block whose output gets there.
+    arrives: list[dict[str, int]] = [{} for _ in graph.nodes]
+    #: By list, the number of the first block whose output gets elsewhere than to the next one.
+    taken: dict[str, int] = {}
+    for index, node in enumerate(graph.nodes):
+        if node.phase is not Phase.FORWARD:
+            continue
+        its = arrives[index]
+        for source in node.inputs:
+            for parent, number in arrives[source].items():
+                its[parent] = min(number, its.get(parent, number))
+            if source in path_of:
+                parent, number = place_of[path_of[source]]
+                its[parent] = min(number, its.get(parent, number))
+        if index in path_of:
+            parent, number = place_of[path_of[index]]
+            first = its.pop(parent, number)
+            if first + 1 < number:
+                taken[parent] = min(first, taken.get(parent, first))
+    for parent, number in arrives[graph.loss].items():
+        taken[parent] = min(number, taken.get(parent, number))
+    return {path for path, (parent, number) in place_of.items() if number > taken.get(parent, number)}

@@ -1,10 +1,8 @@
 """Work that the loss never sees: padding, and the head at positions without a label."""
 
-import inspect
 import warnings
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,51 +11,12 @@ from torch.utils.hooks import RemovableHandle
 
 from gtflops.capture.batches import TARGET_POSITIONS, Loss
 from gtflops.errors import InputError
+from gtflops.families import IGNORED, adapters_of, family_of, has_virtual_tokens, positions_read, without_adapters
 from gtflops.reuse.examples import OF_TOKENS
 from gtflops.reuse.front import OF_THE_LENGTH
 
-#: The label of positions without loss, as PyTorch's cross-entropy has it.
-IGNORED = -100
 #: What has a column for each token of a decoder that has an encoder.
 _OF_DECODER = frozenset({"labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """How a model of transformers takes its loss, and what the columns of its batches may be cut to.
-
-    ``head`` is the module that runs at every position, whose first argument the hidden states are. Columns in front may
-    be cut where positions are counted from the first token of the mask, or matter by their distances alone.
-    """
-
-    loss: Literal["next token", "same token", "decoder"]
-    head: str = "lm_head"
-    positions_are_relative: bool = False
-
-
-_NEXT = _Family("next token", positions_are_relative=True)
-#: The models that tests/test_trimming.py holds to the same loss and gradients, by the name of their class.
-FAMILIES: Mapping[str, _Family] = {
-    "LlamaForCausalLM": _NEXT,
-    "MistralForCausalLM": _NEXT,
-    "MixtralForCausalLM": _NEXT,
-    "Qwen2ForCausalLM": _NEXT,
-    "Qwen3ForCausalLM": _NEXT,
-    "Gemma2ForCausalLM": _NEXT,
-    "Gemma3ForCausalLM": _NEXT,
-    "GPTNeoXForCausalLM": _NEXT,
-    "FalconForCausalLM": _NEXT,
-    "PhiForCausalLM": _NEXT,
-    "OPTForCausalLM": _NEXT,  # its positions, and BLOOM's biases, are counted from the mask
-    "BloomForCausalLM": _NEXT,
-    "GPT2LMHeadModel": _Family("next token"),
-    "T5ForConditionalGeneration": _Family("decoder", positions_are_relative=True),
-    "BartForConditionalGeneration": _Family("decoder"),
-    "BertForMaskedLM": _Family("same token", head="cls"),
-    "RobertaForMaskedLM": _Family("same token"),
-    "AlbertForMaskedLM": _Family("same token", head="predictions"),
-}
-
 
 #: What a loop does with its batches: "auto" trims them by :class:`Trim`.
 Trimming = Literal["auto"] | None
@@ -74,8 +33,9 @@ class Trim:
 
     Hooks on the model bring the hidden states of these positions to its head. They are there from the first batch on,
     until :meth:`remove`, the end of a ``with``, or the end of this object; without them, a trimmed batch is an error.
-    Left as they are, with a warning that says why: models that are none of :data:`FAMILIES`, a ``loss`` of your own
-    (what it reads is not known), and batches whose columns or labels are unclear.
+    Left as they are, with a warning that says why: models that are none of :data:`gtflops.families.FAMILIES`, a
+    ``loss`` of your own (what it reads is not known), and batches whose columns or labels are unclear. Padding is left
+    in, too, where a row's first token has padding in front and a label, which is then predicted from that padding.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> _ = torch.manual_seed(0)
@@ -94,9 +54,9 @@ class Trim:
 
     def __init__(self, model: torch.nn.Module, loss: Loss | None = None) -> None:
         self._model = model
-        self._base = _without_adapters(model)
-        self._family, why_not = _family_of(model, self._base, loss)
-        self._has_prefix = any(map(_has_virtual_tokens, _adapters_of(model)))
+        self._base = without_adapters(model)
+        self._family, why_not = family_of(model, loss)
+        self._has_prefix = any(map(has_virtual_tokens, adapters_of(model)))
         self._cuts_columns = self._family is not None
         self._chooses_targets = self._family is not None
         self._said: set[str] = set()
@@ -178,6 +138,10 @@ class Trim:
         own = [tensor for name in (*OF_TOKENS, *labelled) if (tensor := batch.get(name)) is not None]
         if mask.dim() != 2 or any(tensor.shape[:2] != mask.shape for tensor in own):
             self._say(f"attention_mask of shape {tuple(mask.shape)} is not that of all tokens: padding is left in")
+            return None
+        read = positions_read(self._family.loss, batch)
+        if read is not None and bool((read & ((mask != 0).cumsum(dim=1) == 0).cpu()).any()):
+            self._say("labels of first tokens are predicted from the padding in front of them: padding is left in")
             return None
         used = (mask != 0).any(dim=0)
         for name in labelled & batch.keys():
@@ -290,60 +254,6 @@ def _ends(used: torch.Tensor) -> tuple[int, int]:
     """From the first to behind the last that is true; ``(0, 0)`` where none is."""
     where = used.nonzero().flatten().tolist()
     return (where[0], where[-1] + 1) if where else (0, 0)
-
-
-# --- what can be trimmed ------------------------------------------------------------------------------------------
-
-
-def _without_adapters(model: torch.nn.Module) -> torch.nn.Module:
-    """The model that PEFT put adapters into."""
-    base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
-
-
-def _family_of(model: torch.nn.Module, base: torch.nn.Module, loss: Loss | None) -> tuple[_Family | None, str | None]:
-    """The family, or why there is none."""
-    kind = type(base)
-    family = FAMILIES.get(kind.__name__)
-    if family is None:
-        return None, f"{kind.__name__} is none of the models that are known to give the same loss without its padding"
-    if loss is not None:
-        return None, "the loss is one of your own, and which positions it reads is not known"
-    if any(_has_virtual_tokens(one) and one.peft_type != "PREFIX_TUNING" for one in _adapters_of(model)):
-        return None, "virtual tokens are put in front of the batch"
-    forward = _without_mixed_precision(vars(base).get("forward", kind.forward))
-    own = _without_mixed_precision(kind.forward)
-    if not own.__module__.startswith("transformers.models.") or forward is not own:
-        return None, f"the forward pass of {kind.__name__} is not that of transformers"
-    if family.loss == "next token":
-        function = base.loss_function
-        own = getattr(function, "__module__", "") != "transformers.loss.loss_utils"
-        if own or getattr(function, "__name__", "") != "ForCausalLMLoss":
-            return None, f"the loss_function of {kind.__name__} is not that of transformers"
-    return family, None
-
-
-def _adapters_of(model: torch.nn.Module) -> Collection[Any]:
-    """What PEFT was told to put into a model."""
-    adapters = getattr(model, "peft_config", None)
-    return adapters.values() if isinstance(adapters, Mapping) else ()
-
-
-def _has_virtual_tokens(adapter: Any) -> bool:
-    """Prompt tuning puts them in front of the batch; prefix tuning gives their keys and values to each layer, and
-    leaves the batch as long as it is."""
-    return bool(getattr(adapter, "is_prompt_learning", False))
-
-
-def _without_mixed_precision(forward: Any) -> Any:
-    """A function without what autocast puts around it, and accelerate, which does so in a Trainer with bf16."""
-    while True:
-        function = getattr(forward, "__func__", forward)
-        where = function.__globals__["__name__"] if inspect.isfunction(function) else type(function).__module__
-        if where not in ("torch.amp.autocast_mode", "accelerate.utils.operations"):
-            return function
-        if (forward := getattr(function, "__wrapped__", None)) is None:
-            return function
 
 
 def _why_all_columns(base: torch.nn.Module) -> str | None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import gtflops
+from gtflops.families import IGNORED
 from gtflops.recipes.batches import batches, in_order
 from gtflops.recipes.datasets import END, DataSet, Example, jsonl, load
 from gtflops.recipes.metrics import accuracy, exact_match_and_f1, rouge
-from gtflops.trimming import IGNORED
 from small_tokenizer import word_tokenizer
 
 datasets: Any = pytest.importorskip("datasets")

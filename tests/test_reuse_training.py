@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils.data import DataLoader
 
 import gtflops
@@ -55,18 +57,29 @@ def top(profile: gtflops.Profile, step: int) -> list[str]:
     return [name for name in profile.names if name.startswith((f"{profile.blocks[-1].name}.", "lm_head", "classifier"))]
 
 
+def top_of(family: str) -> Callable[[gtflops.Profile, int], list[str]]:
+    """What is trained above the blocks of ``FAMILIES``."""
+    if family != "t5-half-encoder":
+        return top
+    return lambda profile, step: [name for name in profile.names if re.match(r"encoder\.block\.[23]\.", name)]
+
+
+WHOLE = [name for name in FAMILIES if name != "t5-half-encoder"]
+
+
 @pytest.mark.filterwarnings("ignore:step .* predicted drop")
-@pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("budget", [0.2, 0.3, 0.6])
+@pytest.mark.parametrize(
+    ("family", "budget"),
+    [*((name, budget) for name in WHOLE for budget in (0.2, 0.3, 0.6)), ("t5-half-encoder", 0.5)],
+)
 def test_planned_is_executed_and_the_budget_holds_over_the_run(family: str, budget: float, tmp_path: Path) -> None:
     model, batches = family_of(family)
-    trainer = trainer_for(model, batches, tmp_path, budget=budget, must_freeze=())
-    try:
-        log = trainer.fit(batches, epochs=5)
-    except InfeasibleBudgetError as error:  # embeddings and head of the smallest models
-        assert budget == 0.2
-        assert "without reuse" in str(error)
-        return
+    # What is in the middle of an encoder is not trained for so little by choice.
+    must_train = ["encoder.block.2.*.SelfAttention.q.weight"] if family == "t5-half-encoder" else ()
+    trainer = trainer_for(model, batches, tmp_path, budget=budget, must_train=must_train)
+    log = trainer.fit(batches, epochs=5)
+    if must_train:
+        assert log.selections[0].held == tuple(FAMILIES[family]()[1])
     assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
     assert log.planned_flops <= budget * log.full_flops
     assert [step.reused for step in log.steps] == [False] * 3 + [True] * 12
@@ -99,34 +112,61 @@ def test_weights_are_those_without_reuse_to_the_bit(family: str, tmp_path: Path)
     found = []
     for store in (None, tmp_path):
         trained = copy.deepcopy(model)
-        trainer = trainer_for(trained, batches, store, choose=top)
+        trainer = trainer_for(trained, batches, store, choose=top_of(family))
         log = trainer.fit(batches, epochs=3)
         assert [step.reused for step in log.steps] == [False] * 3 + [store is not None] * 6
+        assert log.selections[0].held == (() if store is None else tuple(FAMILIES[family]()[1]))
         found.append(trained.state_dict())
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
 
 
-def loader(family: str, batch_size: int = 2) -> tuple[Any, Any]:
+def loader(family: str, batch_size: int = 2, **options: Any) -> tuple[Any, Any]:
     """Examples of several lengths, shuffled, in batches padded to their longest."""
     model, _ = family_of(family)
-    data = rows((6, 11, 9))
     generator = torch.Generator().manual_seed(4)
-    return model, DataLoader(data, batch_size, shuffle=True, generator=generator, collate_fn=padded)  # type: ignore[arg-type]
+    data = rows((6, 11, 9), kind="bert" if family == "bert" else "llama")
+    collate: Any = padded
+    for number, row in enumerate(data):
+        if family == "bert":
+            row["labels"] = number % 2
+        elif family.startswith("t5"):
+            row["labels"] = row["input_ids"][:5].flip(0)
+        elif family == "vit":
+            data[number] = {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": number % 2}
+            collate = None
+    options = {"shuffle": True, "generator": generator, "collate_fn": collate, **options}
+    return model, DataLoader(data, batch_size, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+#: Moves all scores of a row alike, which a softmax takes away: its gradient is rounding, and AdamW makes steps of it.
+KEY_BIAS = re.compile(r"\.k_proj\.bias$")
+
+
+@pytest.mark.parametrize(
+    "family", [name if name == "opt" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_weights_are_those_without_reuse_when_shuffled(family: str, tmp_path: Path) -> None:
+    """In single precision, by the norm of each tensor."""
     found = []
     for store in (None, tmp_path):
         model, batches = loader(family)
-        without_dropout(model.double())
-        log = trainer_for(model, batches, store, choose=top).fit(batches, epochs=3)
+        without_dropout(model)
+        log = trainer_for(model, batches, store, choose=top_of(family)).fit(batches, epochs=3)
         assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
         assert all(step.reused for step in log.steps[6:]) == (store is not None)
         found.append(model.state_dict())
     for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-12, msg=name)
+        if not KEY_BIAS.search(name):
+            assert (found[1][name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+@pytest.mark.slow
+def test_several_workers_of_a_loader(tmp_path: Path) -> None:
+    model, batches = loader("llama", num_workers=2)
+    log = trainer_for(model, batches, tmp_path, choose=top).fit(batches, epochs=3)
+    assert [step.reused for step in log.steps] == [False] * 6 + [True] * 12
+    assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
 
 
 @pytest.mark.filterwarnings("ignore:step .* predicted drop")
@@ -297,6 +337,7 @@ def test_a_batch_that_fails_owes_nothing(tmp_path: Path) -> None:
     [
         ({"reuse": "prefix"}, "expected store, a folder"),
         ({"store": "somewhere"}, "without reuse='prefix'"),
+        ({"batch_first": True}, "without reuse='prefix'"),
         ({"reuse": "suffix", "store": "somewhere"}, "'suffix', expected 'prefix'"),
         ({"reuse": "prefix", "store": ""}, "folder for activations is '', expected a path"),
         ({"reuse": "prefix", "store": 5}, "folder for activations is 5, expected a path"),
@@ -636,3 +677,190 @@ def test_evaluation_in_a_training_step_is_the_trainers(reuse: bool, tmp_path: Pa
     trainer.train()
     assert set(seen) == (set() if reuse else {(False, False), (True, True)})
     assert callback.log.steps[-1].reused == reuse
+
+
+# --- what is read above the boundary --------------------------------------------------------------------------------
+
+
+def losses_with_and_without(
+    model: Any, batches: Any, folder: Path, epochs: int = 2, **options: Any
+) -> tuple[list[Any], list[Any], list[bool]]:
+    """Of every step, and which were reused."""
+    without_dropout(model)
+    logs = []
+    for store in (None, folder):
+        trained = copy.deepcopy(model)
+        logs.append(trainer_for(trained, batches, store, choose=top, **options).fit(batches, epochs=epochs))
+        assert [step.planned_flops for step in logs[-1].steps] == [step.executed_flops for step in logs[-1].steps]
+    without, with_reuse = ([step.loss for step in log.steps] for log in logs)
+    return without, with_reuse, [step.reused for step in logs[1].steps]
+
+
+def test_a_loss_of_ones_own_sees_padding_as_it_is(tmp_path: Path) -> None:
+    model, batches = family_of("llama")
+    own = lambda outputs, batch: outputs.logits.square().mean()  # noqa: E731
+    without, with_reuse, reused = losses_with_and_without(model, batches, tmp_path, loss=own)
+    assert with_reuse == without
+    assert reused == [False] * 3 + [True] * 3, "of the same batches, all of it is stored"
+
+
+def test_a_model_that_mixes_padding_in_sees_it_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.ConvBertConfig(
+        vocab_size=small_models.VOCABULARY,
+        hidden_size=32,
+        embedding_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_labels=5,
+        initializer_range=0.2,
+    )
+    model = transformers.ConvBertForTokenClassification(config).train()
+    batches = []
+    for seed in range(3):
+        batch = other_examples(small_models.padded_batch(), seed)
+        batches.append(batch | {"labels": (batch["input_ids"] % 5).masked_fill(batch["attention_mask"] == 0, -100)})
+    without, with_reuse, reused = losses_with_and_without(model, batches, tmp_path)
+    assert with_reuse == without
+    assert reused == [False] * 3 + [True] * 3
+
+
+def test_a_loss_of_ones_own_beside_longer_examples_says_why_nothing_is_reused(tmp_path: Path) -> None:
+    model, (batch, *_) = family_of("llama")
+    longer = {name: torch.nn.functional.pad(tensor, (0, 1)) for name, tensor in batch.items()}
+    own = lambda outputs, batch: outputs.logits.square().mean()  # noqa: E731
+    trainer = trainer_for(model, [batch], tmp_path, choose=top, loss=own)
+    with pytest.warns(UserWarning, match=r"the loss is one of your own.*padded to one length"):
+        log = trainer.fit(Changing([batch], [longer]), epochs=2)
+    assert [step.reused for step in log.steps] == [False, False]
+
+
+class Changing(list[Batch]):
+    """Batches of the first epoch, and of the later ones."""
+
+    def __init__(self, first: list[Batch], later: list[Batch]) -> None:
+        super().__init__(first)
+        self._later = later
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch:
+            self[:] = self._later
+
+
+def square(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    value: torch.Tensor = outputs.logits.square().mean()
+    return value
+
+
+class OwnLoss(Counting):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return square(model(**{name: value for name, value in inputs.items() if name != "labels"}), None)
+
+
+@pytest.mark.parametrize("kind", ["method", pytest.param("function", marks=pytest.mark.slow)])
+def test_in_the_trainer_a_loss_of_ones_own_sees_padding_as_it_is(kind: str, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"trainer": OwnLoss} if kind == "method" else {"compute_loss_func": square}
+    losses = []
+    for number, reuse in enumerate(({}, {"reuse": "prefix", "store": tmp_path / "store"})):
+        torch.manual_seed(0)
+        callback = GreenTrainerCallback(choose=top, **reuse)  # type: ignore[arg-type]
+        arguments = {"lengths": (11, 7), "learning_rate": 1e-3, **own}
+        trainer = trainer_of(small_models.build("llama"), tmp_path / str(number), callback, **arguments)
+        trainer.train()
+        assert [step.planned_flops for step in callback.log.steps] == trainer.executed
+        assert any(step.reused for step in callback.log.steps) == bool(reuse)
+        losses.append(trainer.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_in_the_trainer_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches = loader("vit")
+    callback = GreenTrainerCallback(choose=top, reuse="prefix", store=tmp_path / "store")
+    trainer = trainer_of(model, tmp_path, callback)
+    trainer.train_dataset, trainer.data_collator = batches.dataset, torch.utils.data.default_collate
+    trainer.train()
+    assert [step.planned_flops for step in callback.log.steps] == trainer.executed
+    assert [step.reused for step in callback.log.steps] == [False] * 6 + [True] * 6
+
+
+class Stack(torch.nn.Module):
+    """Blocks without names that transformers knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(4))
+        self.head = torch.nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:step .* predicted drop")
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_shuffled_batches_of_ones_own(batch_first: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = DataLoader(torch.randn(12, 8), 2, shuffle=True)  # type: ignore[arg-type]
+    trainer = trainer_for(
+        Stack(), batches, tmp_path, budget=0.3, loss=lambda y, x: y.square().mean(), batch_first=batch_first
+    )
+    if batch_first:
+        log = trainer.fit(batches, epochs=5)
+        assert log.executed_flops == log.planned_flops <= 0.3 * log.full_flops
+        assert [step.reused for step in log.steps] == [False] * 6 + [True] * 24
+    else:
+        with pytest.warns(UserWarning, match=r"the whole batch is one; .*batch_first=True"):
+            log = trainer.fit(batches, epochs=5)
+        assert log.executed_flops == log.planned_flops
+
+
+def llava() -> tuple[Any, list[Batch]]:
+    """It takes the last but one hidden state of its vision tower."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    text = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=96, vision_feature_layer=-2, image_seq_length=4
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).train()
+    model.set_attn_implementation("eager")
+    model.model.vision_tower.requires_grad_(False)
+    batches = []
+    for _ in range(2):
+        ids = torch.randint(3, 90, (2, 12))
+        ids[:, 1:5] = 96
+        batches.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "pixel_values": torch.randn(2, 3, 16, 16),
+                "labels": ids.masked_fill(ids == 96, -100),
+            }
+        )
+    return model, batches
+
+
+def test_a_frozen_vision_tower(tmp_path: Path) -> None:
+    """Up to the layer whose hidden state is taken, with the embeddings of the text trained."""
+    model, batches = llava()
+    trained = [name for name, tensor in model.named_parameters() if tensor.requires_grad]
+    blocks = [f"model.vision_tower.encoder.layers.{index}" for index in range(2)]
+    assert gtflops.profile(model, batches[0]).step_flops(trained, reuse="prefix").blocks == tuple(blocks)
+    found = []
+    for store in (None, tmp_path):
+        its = copy.deepcopy(model)
+        choose = lambda profile, step: [name for name in profile.names if name in trained]  # noqa: E731
+        log = trainer_for(its, batches, store, choose=choose).fit(batches, epochs=2)
+        assert [step.planned_flops for step in log.steps] == [step.executed_flops for step in log.steps]
+        assert [step.reused for step in log.steps] == [False] * 2 + [store is not None] * 2
+        found.append(its.state_dict())
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name

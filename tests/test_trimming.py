@@ -28,6 +28,7 @@ from gtflops import GreenTrainer, InputError
 from gtflops.capture import ExecutedFlops
 from gtflops.capture.batches import TARGET_POSITIONS
 from gtflops.capture.resizing import layout_of
+from gtflops.families import FAMILIES, positions_read
 from gtflops.integrations.transformers import GreenTrainerCallback
 from gtflops.recipes.batches import EpochBatches
 from gtflops.recipes.datasets import DataSet, Example
@@ -36,7 +37,7 @@ from gtflops.reuse import ActivationStore, Prefix
 from gtflops.reuse.examples import examples_of
 from gtflops.shapes import Sizes
 from gtflops.training.pricing import Prices
-from gtflops.trimming import FAMILIES, ByLength, Trim, by_length
+from gtflops.trimming import ByLength, Trim, by_length
 from small_models import VOCABULARY, build
 from small_tokenizer import WORDS, word_tokenizer
 
@@ -678,8 +679,17 @@ def test_a_label_at_padding_keeps_a_row_whole() -> None:
     batch = batch_of("llama", [9, 5, 11])
     batch["labels"][1, 7:9] = 3
     trimmed = Trim(build("llama"))(batch)
-    inputs, labels = Prefix._inputs_of(type("", (), {"model": build("llama")})(), trimmed)  # type: ignore[arg-type]
-    assert all(example.tokens is None for example in examples_of(inputs, labels))
+    inputs = {name: trimmed[name] for name in ("input_ids", "attention_mask")}
+    assert all(example.tokens is None for example in examples_of(inputs, positions_read("next token", trimmed)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_first_token_that_is_predicted_from_padding(family: str) -> None:
+    """Attention from padding in front goes to all columns alike, so that none may be cut."""
+    model, batch = model_of(family), batch_of(family, [9, 5, 11], left=True, prompt=0)
+    with pytest.warns(UserWarning, match="predicted from the padding in front"):
+        trimmed = Trim(model)(batch)
+    assert trimmed["input_ids"].shape == (3, 14)
 
 
 # --- batches by length --------------------------------------------------------------------------------------------

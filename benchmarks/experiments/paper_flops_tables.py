@@ -89,8 +89,8 @@ Where a budget is infeasible, the least that is feasible is named: the forward p
 the cheapest to reach.
 
 PEFT's prefixes stand in front of the keys and values of an encoder-decoder's decoder, so that no gradient goes through
-the encoder. With reuse, the blocks of an encoder-decoder's encoder alone are left out: what its decoder is given is made
-of labels, padded to the longest of the batch.
+the encoder. With reuse, the blocks of an encoder-decoder's encoder alone are left out: what its decoder is given is
+made of labels, padded to the longest of the batch.
 """
 
 LIKENESS = """

@@ -31,6 +31,7 @@ from experiments.cells import DATA_SETS, EPOCHS, REVIEWS, Cell, plan, result_of
 from experiments.provenance import provenance
 from experiments.rules import RULES, ByRule
 from gtflops.errors import GtflopsError, InfeasibleBudgetError
+from gtflops.families import IGNORED
 from gtflops.files import write_whole
 from gtflops.importance import measure_importance
 from gtflops.recipes.batches import EpochBatches, in_order
@@ -41,7 +42,7 @@ from gtflops.recipes.models import SMOLLM2, Pretrained, load_pretrained
 from gtflops.training import Auto, EnergyMeter, Total
 from gtflops.training.loop import Every
 from gtflops.training.pricing import Prices
-from gtflops.trimming import IGNORED, Trim
+from gtflops.trimming import Trim
 
 BATCH_SIZE = 4
 #: Test examples that a text is generated for.

@@ -77,6 +77,7 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         reuse: ``"prefix"`` as of :class:`gtflops.GreenTrainer`: what the blocks below the trained tensors compute for
             an example is stored in the first epoch, and read in the others.
         store: with ``reuse``, a folder, or a :class:`gtflops.reuse.ActivationStore`.
+        batch_first: with ``reuse``, as of :class:`gtflops.GreenTrainer`.
         uses: ``"separate"`` as of :class:`gtflops.GreenTrainer`: each use of a shared tensor is chosen by itself.
         allow_unsupported: as of :func:`gtflops.select`.
 
@@ -96,6 +97,7 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         max_elements: int | None = None,
         reuse: Reuse | None = None,
         store: ActivationStore | str | Path | None = None,
+        batch_first: bool = False,
         uses: Uses | None = None,
         trim: Trimming = None,
         energy: EnergyMeter | None = None,
@@ -116,6 +118,7 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
             "max_elements": max_elements,
             "reuse": reuse,
             "store": store,
+            "batch_first": batch_first,
             "uses": uses,
             "allow_unsupported": allow_unsupported,
         }
@@ -289,7 +292,8 @@ class _Run:
             self._step,
             optimizer,
             self._batches[0],
-            loss=lambda outputs, batch: outputs,
+            # What reads padding is known of a model's own loss alone.
+            loss=None if _own_loss(self._trainer) is None else lambda outputs, batch: outputs["loss"],
             scheduler=self._trainer.lr_scheduler,
             num_steps=self._trainer.state.max_steps,
             energy=self._energy,
@@ -423,8 +427,8 @@ class _TrainerStep(torch.nn.Module):
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Module]]:
         yield from self._model.named_modules(*args, **kwargs)
 
-    def forward(self, num_items_in_batch: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
-        """The loss that the backward pass starts at."""
+    def forward(self, num_items_in_batch: torch.Tensor | None = None, **inputs: Any) -> dict[str, torch.Tensor]:
+        """The ``loss`` that the backward pass starts at."""
         trainer = self._trainer
         losses: list[torch.Tensor] = []
         with (
@@ -450,7 +454,7 @@ class _TrainerStep(torch.nn.Module):
             loss = loss / trainer.accelerator.gradient_accumulation_steps
             if trainer.accelerator.scaler is not None:
                 loss = loss * loss.new_ones(())
-        return loss
+        return {"loss": loss}
 
 
 class _Questions(TorchFunctionMode):

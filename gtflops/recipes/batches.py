@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from gtflops.errors import InputError
+from gtflops.families import IGNORED
 from gtflops.recipes.datasets import END, Example
-from gtflops.trimming import IGNORED, by_length
+from gtflops.trimming import by_length
 
 Batch = dict[str, torch.Tensor]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from gtflops.families import IGNORED
 from gtflops.recipes.batches import Batch, collate, encode
 from gtflops.recipes.datasets import Example, Metric
 from gtflops.recipes.metrics import accuracy, exact_match_and_f1, rouge
-from gtflops.trimming import IGNORED
 
 
 def mean_loss(model: Any, held_out: Sequence[Batch]) -> float:

@@ -25,43 +25,48 @@ class Example:
     """``identity`` is the digest of the example's own inputs.
 
     ``tokens`` are the columns (int64) that hold its tokens and not padding, of the batch's ``num_columns``; both are
-    None where an activation is kept whole.
+    None where a row is kept whole. ``is_batch`` where all of a batch is one example.
     """
 
     identity: str
     tokens: torch.Tensor | None = None
     num_columns: int | None = None
+    is_batch: bool = False
 
 
 def examples_of(
-    inputs: Mapping[str, Any], labels: torch.Tensor | None = None, *, batch_first: bool = False
+    inputs: Mapping[str, Any], read: torch.Tensor | None = None, *, batch_first: bool = False
 ) -> list[Example]:
     """The examples of a batch, in order.
 
-    ``inputs`` are the arguments of the forward pass without its targets. ``labels`` (``batch_size x seq_len``) are
-    those of a decoder: where padding has one, the loss sees what is computed there, and so nothing is left out.
+    ``inputs`` are the arguments of the forward pass without its targets. ``read`` (bool, ``batch_size x seq_len``) is
+    true where the loss reads what is computed; None where that is not known.
 
-    With an ``attention_mask`` (``batch_size x seq_len``) beside inputs of tokens, padding behind the last token is not
-    part of an example, so that it is the same beside longer ones. Padding in front is: positions may depend on it.
-    Where it is not clear which rows belong to which example, as with images beside text, an example is its whole batch;
-    so it is for names that are not known, whose first axis may be time, unless ``batch_first`` says that it is not.
+    With an ``attention_mask`` (``batch_size x seq_len``) beside inputs of tokens, and ``read`` nowhere at padding,
+    padding behind the last token is not part of an example, so that it is the same beside longer ones. Padding in front
+    is: positions may depend on it. Else rows are examples with their padding, in batches of the same length alone.
+    Where it is not clear which rows belong to which example, as with images beside text, the whole batch is one; so it
+    is for names that are not known, whose first axis may be time, unless ``batch_first`` says that it is not.
 
-    >>> short, long = examples_of({"input_ids": torch.tensor([[5, 6, 0], [5, 6, 7]]),
-    ...                            "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
-    >>> alone, = examples_of({"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])})
+    >>> batch = {"input_ids": torch.tensor([[5, 6, 0], [5, 6, 7]]),
+    ...          "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    >>> short, long = examples_of(batch, torch.tensor([[True, False, False], [True, True, False]]))
+    >>> alone, = examples_of({"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])},
+    ...                      torch.tensor([[True, False]]))
     >>> alone.identity == short.identity, short.tokens, long.identity == short.identity
     (True, tensor([0, 1]), False)
+    >>> short, long = examples_of(batch)
+    >>> alone.identity == short.identity, short.tokens
+    (False, None)
     """
     tensors, settings = _parted(inputs)
     batch_size = _batch_size(tensors)
     common = hashlib.sha256(repr(sorted(settings.items())).encode())
     if not _has_rows_of_examples(tensors, batch_size, batch_first):
-        for name, tensor in tensors.items():
-            common.update(header_of(name, tensor))
-            common.update(bytes_of(tensor))
-        return [Example(_with(common, {"row": torch.tensor(row)})) for row in range(batch_size)]
+        common.update(b"batch")
+        return [Example(_with(common, tensors), is_batch=True)]
 
-    mask = _mask_of_tokens(tensors, labels)
+    mask = _mask_of_tokens(tensors, read)
     common.update(b"rows" if mask is None else b"tokens")  # what is kept of an example is another shape
     if mask is None:
         return [
@@ -117,17 +122,18 @@ def _has_rows_of_examples(tensors: Mapping[str, torch.Tensor], batch_size: int, 
     )
 
 
-def _mask_of_tokens(tensors: Mapping[str, torch.Tensor], labels: torch.Tensor | None) -> torch.Tensor | None:
-    """True at tokens, ``batch_size x seq_len``; None where rows are kept whole."""
+def _mask_of_tokens(tensors: Mapping[str, torch.Tensor], read: torch.Tensor | None) -> torch.Tensor | None:
+    """True at tokens, ``batch_size x seq_len``; None where rows are kept whole.
+
+    So they are where a row has no token: what attention gives to nothing depends on its padding.
+    """
     mask = tensors.get("attention_mask")
-    if mask is None or mask.dim() != 2 or not tensors.keys() <= OF_TOKENS:
+    if mask is None or read is None or mask.dim() != 2 or not tensors.keys() <= OF_TOKENS:
         return None
-    if any(tensor.shape[:2] != mask.shape for tensor in tensors.values()):
+    if any(tensor.shape[:2] != mask.shape for tensor in (*tensors.values(), read)):
         return None
     mask = mask != 0
-    if labels is not None and labels.shape == mask.shape and bool((labels.to("cpu")[~mask] != -100).any()):
-        return None
-    return mask
+    return None if bool((read & ~mask).any()) or not bool(mask.any(dim=1).all()) else mask
 
 
 def _with(common: Any, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -1,6 +1,7 @@
 """What runs in front of a boundary besides the skipped blocks: watched once, in a pass that computes everything."""
 
 from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,10 @@ class Front:
     modules: tuple[str, ...]
     autocast: torch.dtype | None
 
-    def without(self, modules: Container[str]) -> "Front":
-        """What is not in these modules."""
+    def without(self, modules: Container[str], tensors: Container[str]) -> "Front":
+        """What is not in these modules, and none of these tensors."""
         return Front(
-            tuple(name for name in self.tensors if name.rpartition(".")[0] not in modules),
+            tuple(name for name in self.tensors if name.rpartition(".")[0] not in modules and name not in tensors),
             tuple(name for name in self.modules if name not in modules),
             self.autocast,
         )
@@ -39,7 +40,8 @@ class Watch(TorchFunctionMode):
     A tensor is of the front if a function of torch takes it, or if it is of a called module that has no others in it
     (whose function may be a custom one). UnsupportedModelError, naming the module, where something draws random numbers
     although nothing is in training mode, or where what is computed depends on the length of the batch; and, up to the
-    end of the ``with``, where a function takes what :meth:`leave_out` was told to be of no use.
+    end of the ``with``, where a function takes what :meth:`leave_out` was told to be of no use, or, above the boundary,
+    what comes from what blocks :meth:`returned` that is not stored.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
@@ -55,6 +57,9 @@ class Watch(TorchFunctionMode):
         self._generators: list[bytes] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._left_out: dict[int, tuple[str, torch.Tensor]] = {}
+        #: What is computed from what blocks below the last of a stretch return, outside of the blocks.
+        self._not_again: dict[int, tuple[str, torch.Tensor]] = {}
+        self._in_block = False
         self._watching = False
 
     def __enter__(self) -> "Watch":
@@ -69,12 +74,29 @@ class Watch(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._watching = False
         self._left_out.clear()
+        self._not_again.clear()
         while self._hooks:
             self._hooks.pop().remove()
 
     def leave_out(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
         """Block ``name`` returns these besides its hidden states, and will not when it is skipped."""
         self._left_out.update((id(tensor), (name, tensor)) for tensor in tensors)
+
+    def returned(self, name: str, result: torch.Tensor, *, is_stored: bool) -> None:
+        """Block ``name`` returns these hidden states; where they are not stored, only skipped blocks may take them."""
+        if is_stored:
+            self._not_again.pop(id(result), None)  # a block may return what it is given
+        else:
+            self._not_again[id(result)] = name, result
+
+    @contextmanager
+    def in_block(self) -> Iterator[None]:
+        """A skipped block runs: what it takes is of no matter."""
+        before, self._in_block = self._in_block, True
+        try:
+            yield
+        finally:
+            self._in_block = before
 
     def reached(self, boundary: str, autocast: torch.dtype | None) -> Front:
         """The boundary is reached: what was in front of it."""
@@ -86,7 +108,8 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Asking for a dtype or a device is reading no value, and what runs outside of the model is none of it.
         watching = self._watching and self._generators
-        if (watching or self._left_out) and getattr(func, "__name__", "") != "__get__":
+        not_again: tuple[str, torch.Tensor] | None = None
+        if (watching or self._left_out or self._not_again) and getattr(func, "__name__", "") != "__get__":
             for tensor in _tensors_in((args, kwargs)):
                 if watching and id(tensor) in self._names:
                     self._tensors[self._names[id(tensor)]] = None
@@ -96,7 +119,17 @@ class Watch(TorchFunctionMode):
                         f"{getattr(func, '__name__', func)} takes above it and which is not stored; give a boundary of "
                         "your own: a module around it that returns one tensor"
                     )
-        return func(*args, **(kwargs or {}))
+                if not self._in_block:
+                    not_again = not_again or self._not_again.get(id(tensor))
+        if not_again is not None and not watching:
+            raise UnsupportedModelError(
+                f"what {not_again[0]} returns is taken above the boundary too, by {getattr(func, '__name__', func)}, "
+                "and only what the last of the blocks returns is stored; expected no block above it to be skipped"
+            )
+        result = func(*args, **(kwargs or {}))
+        if not_again is not None:
+            self._not_again.update((id(tensor), (not_again[0], tensor)) for tensor in _tensors_in(result))
+        return result
 
     def _before(self, name: str) -> Any:
         def hook(module: torch.nn.Module, args: Any) -> None:

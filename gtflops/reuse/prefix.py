@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gtflops.capture.batches import TARGET_POSITIONS
 from gtflops.errors import InputError, UnsupportedModelError
+from gtflops.families import positions_read, reads_of
 from gtflops.reuse.blocks import (
     Output,
     Stretch,
@@ -28,6 +28,9 @@ from gtflops.reuse.examples import TARGETS, Example, examples_of
 from gtflops.reuse.front import Front, Watch
 from gtflops.reuse.settings import SettingsReader
 from gtflops.reuse.store import ActivationStore, Key
+
+#: What makes a model of transformers return what its blocks do.
+_COLLECTING = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,14 @@ class Prefix:
 
     Inside ``with prefix.for_batch(batch) as reused:``, a forward pass of the model on the batch either runs as it is
     and its activations at the boundary are stored (``reused`` is False), or, where those of every example are in
-    ``store``, does not run the blocks: the last one returns what is stored, with zeros at padding (``reused`` is
-    True). What runs then is every operator outside of the blocks. Losses and gradients are those of the model without
-    this, bit by bit where batches repeat, and within rounding where an example comes again in other company; the loss
-    may not depend on what is computed at padding.
+    ``store``, does not run the blocks: the last one returns what is stored (``reused`` is True). What runs then is
+    every operator outside of the blocks. Losses and gradients are those of the model without this, bit by bit where
+    batches repeat, and within rounding where an example comes again in other company.
+
+    Padding is stored only where something above the boundary may read it. That is not so in the models of
+    ``gtflops.families``, with the loss that they take of the batch's ``labels``: there an example is found beside
+    longer ones too, and gets zeros at padding. In other models, and with ``own_loss=True``, which says that the loss is
+    none of the model's, an example is found in batches padded to the same length alone.
 
     Either way, the blocks and what runs in front of them are in evaluation mode until the boundary is passed: the
     frozen prefix runs without dropout, and both ways draw the same random numbers. The first batch of an object is
@@ -62,8 +69,10 @@ class Prefix:
     An example is found by its inputs; two are the same if those are, whatever their labels, unless decoder blocks of an
     encoder-decoder are among the skipped ones, whose inputs labels are. Row ``i`` of every tensor must be of example
     ``i``; where the names of a batch are not those that transformers knows for such, say so by ``batch_first=True``,
-    or what is the same is only a whole batch. Changed weights, settings and code of the model are another prefix, whose
-    activations are computed anew; after changing what runs in front of the boundary, make another object.
+    or what is the same is only a whole batch. ``apart`` are names of tensors that are used in front of the boundary and
+    change nothing there, as the embeddings of a text beside an image: these may be trained. Changed weights, settings
+    and code of the model are another prefix, whose activations are computed anew; after changing what runs in front of
+    the boundary, make another object.
 
     >>> import tempfile
     >>> _ = torch.manual_seed(0)
@@ -81,13 +90,21 @@ class Prefix:
     """
 
     def __init__(
-        self, model: torch.nn.Module, blocks: Iterable[str], store: ActivationStore, *, batch_first: bool = False
+        self,
+        model: torch.nn.Module,
+        blocks: Iterable[str],
+        store: ActivationStore,
+        *,
+        batch_first: bool = False,
+        own_loss: bool = False,
+        apart: Iterable[str] = (),
     ) -> None:
         if not isinstance(store, ActivationStore):
             raise InputError(f"store is {store!r}, expected gtflops.reuse.ActivationStore(folder)")
         self.model = model
         self.store = store
         self.batch_first = batch_first
+        self._apart = frozenset(apart)
         self.stretches = stretches_of(model, blocks)
         self._skipped = {
             f"{name}.{path}".rstrip("."): module
@@ -98,6 +115,9 @@ class Prefix:
         self._settings = SettingsReader(model)
         self._callers = callers_of(model, self.stretches)
         self._all_modules = list(model.modules())
+        self._reads, self._why_padding = reads_of(self._all_modules[0], own_loss=own_loss)
+        configs = (getattr(module, "config", None) for module in self._all_modules)
+        self._configs = list({id(config): config for config in configs if config is not None}.values())
         self._batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
         self._outputs: dict[str, Output] = {}
         self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -127,8 +147,11 @@ class Prefix:
         """The forward pass to come on ``batch``, as of :meth:`for_batch`. What is stored is read here, so that whether
         the blocks will run is certain before they do."""
         require_not_compiled(self._callers)
-        inputs, labels = self._inputs_of(batch)
-        examples = examples_of(inputs, labels, batch_first=self.batch_first)
+        arguments = _arguments_of(batch)
+        self._require_no_collecting(arguments)
+        inputs = self._inputs_of(arguments)
+        read = None if self._reads is None else positions_read(self._reads, arguments)
+        examples = examples_of(inputs, read, batch_first=self.batch_first)
         names = frozenset(name for name, value in inputs.items() if value is not None)
         kind = (names, _autocast(self._device))
         front = self._fronts.get(kind)
@@ -137,7 +160,9 @@ class Prefix:
         if front is not None:
             self._require_constant(front, by_batch)
             stored = self._read(front, examples)
-        return PlannedPass(self, inputs, kind, examples, by_batch, stored)
+        return PlannedPass(
+            self, inputs, kind, examples, by_batch, stored, self._why_together(arguments, examples, read)
+        )
 
     @contextmanager
     def modes_of_passes(self) -> Iterator[None]:
@@ -199,25 +224,43 @@ class Prefix:
         """
         self.store.remove_all_but(self._own)
 
-    def _inputs_of(self, batch: Any) -> tuple[dict[str, Any], Any]:
-        """What the prefix may depend on, and the labels of tokens, if they are those of the same tokens."""
-        if not isinstance(batch, Mapping):
-            arguments = batch if isinstance(batch, (tuple, list)) else [batch]
-            batch = {str(position): argument for position, argument in enumerate(arguments)}
-        config = getattr(self.model, "config", None)
-        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-            if batch.get(name) or getattr(config, name, False):
+    def _require_no_collecting(self, arguments: Mapping[str, Any]) -> None:
+        """InputError where the model is asked for what its blocks return."""
+        for name in _COLLECTING:
+            if arguments.get(name) or any(getattr(config, name, False) for config in self._configs):
                 raise InputError(f"{name} is on, but skipped blocks give none; expected it off, or no reuse")
+
+    def _inputs_of(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What the prefix may depend on."""
+        inputs = {name: value for name, value in arguments.items() if name not in TARGETS}
         of_encoder = is_of_encoder(self.model)
         if of_encoder is None:
-            return {name: value for name, value in batch.items() if name not in TARGETS}, _labels_of(batch)
+            return inputs
         if all(map(of_encoder, self._skipped.values())):
-            return {
-                name: value for name, value in batch.items() if name not in TARGETS and not name.startswith("decoder_")
-            }, None
-        if batch.get("decoder_input_ids") is not None:
-            return {name: value for name, value in batch.items() if name not in TARGETS}, None
-        return dict(batch), None  # the decoder's inputs are made of the labels
+            return {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+        # The decoder's inputs are made of the labels, where they are not given.
+        return inputs if inputs.get("decoder_input_ids") is not None else dict(arguments)
+
+    def _why_together(
+        self, arguments: Mapping[str, Any], examples: Sequence[Example], read: torch.Tensor | None
+    ) -> str | None:
+        """Why examples are found only beside the same others, or in batches of the same length."""
+        if examples[0].is_batch:
+            return (
+                "it is not known that row i of every tensor of a batch is of example i, so the whole batch is one; "
+                "expected the same batches in each epoch, or, where rows are examples, batch_first=True"
+            )
+        if examples[0].num_columns is not None or arguments.get("attention_mask") is None:
+            return None
+        why = self._why_padding
+        if why is None and read is None:
+            why = "the batch has no labels that say where the loss reads"
+        elif why is None:
+            why = "the loss reads what is computed at padding, or inputs beside the tokens may"
+        return (
+            f"{why}, so examples are stored with their padding; expected batches padded to one length, or the same "
+            "batches in each epoch"
+        )
 
     def _tensors(self, front: Front) -> dict[str, torch.Tensor]:
         """All that the activations at the boundary are computed from besides the inputs."""
@@ -300,6 +343,8 @@ class PlannedPass:
     _examples: Sequence[Example]
     _by_batch: Sequence[str]
     _stored: Sequence[Mapping[str, torch.Tensor]] | None
+    why_together: str | None
+    """Why its examples are found only beside the same others, or in batches of the same length, if they are."""
 
     @property
     def reused(self) -> bool:
@@ -330,6 +375,7 @@ class PlannedPass:
         """InputError, before anything is computed or stored, where the model is called on another batch."""
 
         def compare(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            self._prefix._require_no_collecting(kwargs)
             for name, planned in self._inputs.items():
                 given = args[int(name)] if name.isdigit() and int(name) < len(args) else kwargs.get(name)
                 if isinstance(planned, torch.Tensor) and isinstance(given, torch.Tensor) and given is not planned:
@@ -437,14 +483,16 @@ class _Pass(ABC):
                 f"torch.autocast, which was entered inside of for_batch, casts to {autocast}, but to {self._autocast} "
                 "before; expected it around for_batch, because what is stored depends on it"
             )
-        if _collects_outputs():
+        if collected := _collected():
             raise InputError(
-                "the forward pass collects hidden states or attentions of blocks, but skipped blocks give none; "
-                "expected it to be off, or no reuse"
+                f"the forward pass collects {collected} of blocks, but skipped blocks give none; expected it to be "
+                "off, or no reuse"
             )
 
     def _require_examples(self, what: str, hidden: torch.Tensor) -> None:
         """UnsupportedModelError unless there is a row for each example, with a column for each token and padding."""
+        if self._examples[0].is_batch:
+            return
         expected = [len(self._examples)]
         if self._examples[0].num_columns is not None:
             expected.append(self._examples[0].num_columns)
@@ -483,12 +531,14 @@ class _Computing(_Pass):
     def _run(
         self, stretch: Stretch, name: str, block: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-        with torch.no_grad():
+        with torch.no_grad(), self._watch.in_block() if self._watch is not None else nullcontext():
             output = forward(*args, **kwargs)
         kind = self._prefix._outputs[name] = Output.of(name, block, output)
         result, others = (output, ()) if isinstance(output, torch.Tensor) else (output[0], output[1:])
         if self._watch is not None and not kind.has_position_bias:
             self._watch.leave_out(name, [item for item in others if item is not None])
+        if self._watch is not None:
+            self._watch.returned(name, result, is_stored=name == stretch.boundary)
         if name == stretch.boundary:
             self._keep(name, result)
         return result, lambda hidden: hidden if kind.num_items is None else (hidden, *others)
@@ -497,13 +547,16 @@ class _Computing(_Pass):
         """Copies, because what runs above may change the tensor in place."""
         self._require_examples(f"{boundary} returns", result)
         on_cpu = result.detach().cpu()
+        if self._examples[0].is_batch:
+            self.activations[0][boundary] = on_cpu.clone()
+            return
         for row, (example, its) in enumerate(zip(self._examples, self.activations, strict=True)):
             its[boundary] = on_cpu[row].clone() if example.tokens is None else on_cpu[row, example.tokens]
 
     def _passed(self) -> None:
         if self._watch is not None:
             found = self._watch.reached(self._prefix.stretches[-1].boundary, self._autocast)
-            self._front = found.without(self._prefix._skipped)
+            self._front = found.without(self._prefix._skipped, self._prefix._apart)
             self._prefix._require_constant(self._front, self._by_batch)
         super()._passed()
 
@@ -526,8 +579,10 @@ class _Reusing(_Pass):
         return result, lambda handed: output.with_hidden(block, handed, args, kwargs)
 
     def _batch(self, boundary: str, hidden: torch.Tensor) -> torch.Tensor:
-        """``batch_size x ...``, on the device of the hidden states; with zeros at padding."""
+        """``batch_size x ...``, on the device of the hidden states; with zeros at padding that is not stored."""
         rows = [activations[boundary] for activations in self._stored]
+        if self._examples[0].is_batch:
+            return rows[0].clone().to(hidden.device)  # aligned as what is computed: products round by that
         num_columns = self._examples[0].num_columns
         if num_columns is None:
             return torch.stack(rows).to(hidden.device)
@@ -537,12 +592,12 @@ class _Reusing(_Pass):
         return batch.to(hidden.device)
 
 
-def _labels_of(batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """The labels of a decoder's batch where its tokens are: of one that was trimmed, any label at its positions."""
-    labels, positions, mask = (batch.get(name) for name in ("labels", TARGET_POSITIONS, "attention_mask"))
-    if positions is None or mask is None:
-        return labels
-    return torch.full((mask.numel(),), -100).index_fill(0, positions.cpu(), 0).view(mask.shape)
+def _arguments_of(batch: Any) -> Mapping[str, Any]:
+    """By name, or by position."""
+    if isinstance(batch, Mapping):
+        return batch
+    listed = batch if isinstance(batch, (tuple, list)) else [batch]
+    return {str(position): argument for position, argument in enumerate(listed)}
 
 
 def _tensor(model: torch.nn.Module, name: str) -> torch.Tensor:
@@ -565,8 +620,10 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def _collects_outputs() -> bool:
-    """Whether transformers collects what blocks return: then it needs what they would have computed."""
+def _collected() -> str | None:
+    """What transformers collects of blocks besides hidden states, which a model may ask of a part of its own, to take
+    one of them: :class:`Watch` sees which."""
     capturing = sys.modules.get("transformers.utils.output_capturing")
     collector = getattr(capturing, "_active_collector", None)
-    return collector is not None and bool(collector.get())
+    collected = {} if collector is None else collector.get() or {}
+    return next((name for name in collected if not name.startswith("_") and name != "hidden_states"), None)

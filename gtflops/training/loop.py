@@ -120,6 +120,8 @@ class GreenTrainer:
             a step on average over the epochs. These blocks run without dropout. A loop of your own says
             ``with trainer.forward_pass():`` around the forward pass of each batch.
         store: with ``reuse``, a folder, or a :class:`gtflops.reuse.ActivationStore`.
+        batch_first: with ``reuse``, says that row i of every tensor of a batch is of example i alone, where names of
+            the batch are none that transformers knows for such: else only a whole batch is found again.
         num_epochs: with ``reuse``, the passes over the data that the run makes; :meth:`fit` knows it.
         num_steps: optimizer steps of the run, for budgets that are spread over them; :meth:`fit` knows it for batches
             that have a length.
@@ -178,6 +180,7 @@ class GreenTrainer:
         max_elements: int | None = None,
         reuse: Reuse | None = None,
         store: ActivationStore | str | Path | None = None,
+        batch_first: bool = False,
         num_steps: int | None = None,
         num_epochs: int | None = None,
         energy: EnergyMeter | None = None,
@@ -229,7 +232,7 @@ class GreenTrainer:
             self._prices.add(self.profile, batch)
         _require_same_uses(self.profile, uses, bool(self._shared))
         self.profile.require_fit(model)
-        self._reusing = reusing_of(self.profile, model, self._prices, loss, reuse, store, uses)
+        self._reusing = reusing_of(self.profile, model, self._prices, loss, reuse, store, uses, batch_first)
         if not allow_unsupported:
             self.profile.require_prices()
         self.candidates = frozenset(name for name, tensor in self._tensors().items() if tensor.requires_grad)

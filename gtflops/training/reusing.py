@@ -78,11 +78,13 @@ class Reusing:
 
     def __init__(
         self,
+        profile: Profile,
         model: torch.nn.Module,
         prices: Prices,
         loss: Loss | None,
         store: ActivationStore | str | Path,
         uses: Uses | None,
+        batch_first: bool,
     ) -> None:
         self.store = store if isinstance(store, ActivationStore) else ActivationStore(store)
         self.held: tuple[str, ...] = ()
@@ -91,11 +93,13 @@ class Reusing:
         self.owed = 0
         self.owed_ahead = 0
         """What the steps of the present epoch spent on later ones: none of it is paid back before these."""
+        self._profile = profile
         self._model = model
         self._ordinary = prices
         self._as_run: Prices | None = None
         self._loss = loss
         self._uses = uses
+        self._batch_first = batch_first
         self._prefix: Prefix | None = None
         self._has_warned = False
 
@@ -106,7 +110,15 @@ class Reusing:
         self.held, self.filled_in = blocks, epoch
         self._prefix, self._as_run = None, None
         if blocks:
-            self._prefix = Prefix(self._model, blocks, self.store)
+            tensors = zip(self._profile.tensors, self._profile.below(blocks), strict=True)
+            self._prefix = Prefix(
+                self._model,
+                blocks,
+                self.store,
+                batch_first=self._batch_first,
+                own_loss=self._loss is not None,
+                apart=[tensor.name for tensor, is_below in tensors if tensor.has_gradient and not is_below],
+            )
             self.store.make_room_again()
 
     def _priced_as_run(self, batch: Any, ordinary: Profile) -> Profile:
@@ -145,10 +157,13 @@ class Reusing:
         planned = self._prefix.plan(batch)
         if not (planned.reused or epoch == self.filled_in or self._has_warned or self.store.full):
             self._has_warned = True
+            why = planned.why_together or (
+                f"{sum(self.store.rejected.values())} entries were damaged; expected the same inputs as in the epoch "
+                "that stored them: no augmentation, no padding in front to other lengths, none left out by turns"
+            )
             warnings.warn(
-                f"epoch {epoch} has examples that nothing is stored of, and they cost more than the budget counts on "
-                f"({sum(self.store.rejected.values())} entries were damaged); expected the same inputs as in the epoch "
-                "that stored them: no augmentation, no padding in front to other lengths, none left out by turns",
+                f"epoch {epoch} has examples that nothing is stored of, and they cost more than the budget counts on: "
+                f"{why}",
                 stacklevel=2,
             )
         return BatchCosts(ordinary, as_run, as_run.stored_flops(self.held), planned, epoch == self.filled_in)
@@ -205,11 +220,13 @@ def reusing_of(
     reuse: Any,
     store: Any,
     uses: Uses | None,
+    batch_first: bool,
 ) -> Reusing | None:
     """From the arguments of a trainer. InputError where they do not go together."""
     if reuse is None:
-        if store is not None:
-            raise InputError(f"store={str(store)!r} given without reuse='prefix', which alone stores activations")
+        if store is not None or batch_first:
+            given = "batch_first=True" if store is None else f"store={str(store)!r}"
+            raise InputError(f"{given} given without reuse='prefix', which alone stores activations")
         return None
     if reuse != "prefix":
         raise InputError(f"reuse is {reuse!r}, expected 'prefix' or None")
@@ -224,4 +241,4 @@ def reusing_of(
             "of it; expected a model that each process holds whole (DDP), or no reuse"
         )
     profile.require_blocks()
-    return Reusing(model, prices, loss, store, uses)
+    return Reusing(profile, model, prices, loss, store, uses, batch_first)
