@@ -94,4 +94,5 @@ class ByRule(Budget):
         value = float(problem.values[mask].sum())
         flops = profile.step_flops(mask).total
         chosen = replace(everything, mask=mask, flops=flops, value=value, upper_bound=value, optimal=False)
-        return ByAnotherRule(chosen, everything, math.nan, math.nan, None, None)
+        unknown = {"gain": math.nan, "upper_bound": math.nan, "predicted": math.nan}
+        return ByAnotherRule(chosen, everything, **unknown, steps=None, full_steps=None)

@@ -132,7 +132,8 @@ class Advice:
         batches = self.settings.measure_on
         sentences.append(
             f"Importance is a first-order estimate of the coming step, measured on {batches} "
-            f"batch{'' if batches == 1 else 'es'} before the first step and taken to hold for all of them."
+            f"batch{'' if batches == 1 else 'es'} before the first step and taken to hold for all of them, at one "
+            "learning rate for all choices: what trains a part often stands a higher one, and then brings more."
         )
         return tuple(sentences)
 
