@@ -103,6 +103,7 @@ def test_profile_prints_tables_and_writes_a_report(saved: Path, tmp_path: Path) 
     assert (tmp_path / "report.html").read_text().startswith("<!")
 
 
+@pytest.mark.slow
 def test_compiled_beside_eager(saved: Path, tmp_path: Path) -> None:
     path = tmp_path / "compiled.json"
     result = run("profile", "gpt2", "--batch-size", "1", "--seq-len", "8", "--compiled", "--save", path)
@@ -413,6 +414,7 @@ def test_train_by_the_grid(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     assert data["planned_flops"] == same["planned_flops"]
 
 
+@pytest.mark.slow
 def test_train_interrupted_and_resumed(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     options = ["--data", pairs, "--seq-len", "16", "--quality-examples", "0", "--loss-examples", "4", "--json"]
     options += ["--steps", "150", "--every", "50", "--budget", "0.7"]

@@ -170,7 +170,7 @@ def test_several_workers_of_a_loader(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:step .* predicted drop")
-@pytest.mark.parametrize("budget", [0.3, 0.5])
+@pytest.mark.parametrize("budget", [0.3, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_several_shapes_at_once(budget: float, tmp_path: Path) -> None:
     """Batches of several lengths, accumulated, with dropout above the boundary and selections inside of epochs."""
     model, batches = loader("opt")

@@ -743,7 +743,7 @@ def sft(folder: Path, *callbacks: Any, **arguments: Any) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sft_trainer(checkpointing: bool, tmp_path: Path) -> None:
     callback = GreenTrainerCallback(budget=0.9, every=3, must_train="*wte*")
     trainer = sft(tmp_path, callback, gradient_checkpointing=checkpointing)

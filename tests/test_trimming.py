@@ -427,7 +427,10 @@ def test_what_trim_may_be() -> None:
 # --- what it costs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "gpt2", "gemma3", "mixtral-batched", "t5", "bart", "bert"])
+SLOWER = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "bart")]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "gpt2", "mixtral-batched", "t5", "bert", *SLOWER])
 def test_prices_are_exact_for_any_number_of_labels(family: str) -> None:
     """Against what runs, operator by operator."""
     model = model_of(family).train()
@@ -735,7 +738,7 @@ def test_epochs_of_grouped_batches() -> None:
     assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(again, batches[0], strict=True))
 
 
-@pytest.mark.parametrize("scheme", ["greentrainer", "lora"])
+@pytest.mark.parametrize("scheme", ["greentrainer", pytest.param("lora", marks=pytest.mark.slow)])
 def test_fine_tuning_by_length(scheme: str) -> None:
     words = WORDS.split()
     examples = tuple(Example(" ".join(words[at : at + 2 + at % 9]), "", words[at]) for at in range(24))
