@@ -61,22 +61,41 @@ def test_the_rate_is_better_than_both_beside_it(experiment: SimpleNamespace) -> 
     true = {1e-5: 3.0, 3e-5: 2.0, 1e-4: 1.5, 3e-4: 1.0, 1e-3: 2.0, 3e-3: math.inf}
     asked = []
     while True:
-        rate, needed = rate_for("full", losses_by_rate(losses))
+        rate, needed = rate_for("full", 0.25, losses_by_rate(losses))
         if needed is None:
             break
         asked.append(needed.rate)
         losses[needed.rate] = true[needed.rate]
     assert rate == 3e-4
     assert asked == [1e-4, 3e-5, 3e-4, 1e-3], "and no other runs were made"
-    assert rate_for("random@0.7", losses_by_rate(losses))[0] is not None, "at the rate of gt@0.7"
+    assert rate_for("random@0.7", 0.25, losses_by_rate(losses))[0] is not None, "at the rate of gt@0.7"
 
 
 def test_the_search_ends_at_the_ends_of_the_grid(experiment: SimpleNamespace) -> None:
     grid = experiment.cells.GRID
     falling = {rate: 1 / rate for rate in grid}
-    assert experiment.cells.rate_for("full", losses_by_rate(falling)) == (grid[-1], None)
+    assert experiment.cells.rate_for("full", 0.25, losses_by_rate(falling)) == (grid[-1], None)
     rising = {rate: math.inf if rate > 1e-4 else rate for rate in grid}
-    assert experiment.cells.rate_for("lora", losses_by_rate(rising)) == (grid[0], None)
+    assert experiment.cells.rate_for("lora", 0.25, losses_by_rate(rising)) == (grid[0], None)
+
+
+def test_a_rate_is_chosen_at_each_total(experiment: SimpleNamespace) -> None:
+    """From the rate of the total below it: here, more steps want a lower one."""
+    best = {0.25: 1e-3, 0.5: 1e-4}
+    asked = []
+
+    def read(cell: Any) -> Mapping[str, Any] | None:
+        if cell.total not in best:
+            return None
+        asked.append((cell.total, cell.rate))
+        loss = abs(math.log(cell.rate / best[cell.total]))
+        return {"validation": {"losses": [loss], "tokens": [1]}}
+
+    rate_for = experiment.cells.rate_for
+    assert rate_for("full", 0.5, read) == (1e-4, None)
+    assert asked[-5:] == [(0.5, 1e-3), (0.5, 3e-4), (0.5, 3e-3), (0.5, 1e-4), (0.5, 3e-5)]
+    assert rate_for("full", 1 / 3, read) == (1e-3, None)
+    assert rate_for("full", 0.75, read) == (None, experiment.cells.Cell("aclsum", "full", 0.75, 1e-4, 0))
 
 
 def test_the_plan_has_every_cell_and_chooses_rates_first(experiment: SimpleNamespace) -> None:
@@ -215,7 +234,7 @@ def test_tables_are_of_the_runs(experiment: SimpleNamespace, tmp_path: Path) -> 
     assert str(of_full.loss) == "2.000 (2.000 to 2.000)", "12 of 6 tokens, in both papers and by both seeds"
     assert of_full.seeds_apart == 0
     assert str(of_full.above(of_full)) == "0.000 (0.000 to 0.000)"
-    assert "| full, fewer steps |  | 2.500 | **2.000** | 2.250 |" in tables.rates(results)
+    assert "| full, fewer steps | 0.25 |  | 2.500 | **2.000** | 2.250 |" in tables.rates(results)
     assert "| full, fewer steps | 2.000 (2.000 to 2.000), n=2, 1 failed |" in tables.losses(runs, cells.SCHEMES)
     assert "| 0.25 | full, fewer steps | 1e-04 | 5 | 0.9600 | 0.1600 |" in tables.details(runs)
     tables.figure(runs, tmp_path / "figure.svg")
@@ -226,8 +245,9 @@ def test_tables_of_five_epochs_and_of_reviews(experiment: SimpleNamespace, monke
     cells, tables = experiment.cells, experiment.tables
     known = losses_by_rate({rate: abs(math.log10(rate) + 4) for rate in cells.GRID})
     results = [
-        {"cell": asdict(cells.Cell("aclsum", scheme, 0.25, rate, 0)), "validation": {"losses": [loss], "tokens": [1]}}
+        {"cell": asdict(cells.Cell("aclsum", scheme, total, rate, 0)), "validation": {"losses": [loss], "tokens": [1]}}
         for scheme in ("full", "reuse", "top15")
+        for total in (0.25, 0.5)
         for rate, loss in ((3e-5, 2.5), (1e-4, 2.0), (3e-4, 2.25), (1e-3, 3.0))
     ]
     validation = {"validation": {"losses": [5.0, 3.0], "tokens": [2, 2]}}
@@ -239,6 +259,10 @@ def test_tables_of_five_epochs_and_of_reviews(experiment: SimpleNamespace, monke
     assert "| 0.3 | full, fewer steps | 5 | 0.9600 | 100.0% | 2.000 | 2.000 (2.000 to 2.000) | n=1 |" in table
     assert "| 0.3 | selection with reuse | 5 | 0.9600 | 37.5% |" in table
     assert "| 0.3 | top 15 of 30 layers | 5 | 0.9600 | 12.5% |" in table
+
+    alone = [one for one in results if one["cell"]["total"] == 0.25 or one["cell"]["seed"] == 1]
+    assert tables.runs_of(alone) == {}, "no rate was chosen at that total"
+    assert tables.epochs(tables.runs_of(alone, tuned_at=0.25)) == table
 
     monkeypatch.setattr(tables, "_targets", lambda data: (" positive", " negative"))
     of_review = result_of(cells.Cell("drug-reviews", "full", 0.25, 1e-4, 1), [1.0, 3.0], [])

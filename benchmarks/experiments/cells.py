@@ -17,12 +17,12 @@ TOTALS = (0.25, 0.5, 0.75, 1.0)
 EPOCHS = 3
 SEEDS = (1, 2, 3)
 
-#: Learning rates are chosen from one grid for all schemes, by validation loss alone, on ACLSum, at the smallest total
-#: and with a seed that no table has. Where the search begins is a guess: it ends at a rate that is better than both
-#: beside it.
+#: Learning rates are chosen from one grid for all schemes, by validation loss alone, on ACLSum, at each total and with
+#: a seed that no table has. Where the search begins is a guess, or what was chosen at the total before: it ends at a
+#: rate that is better than both beside it.
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST_RATE = {"lora": 1e-3, "prefix": 1e-2, "reuse": 3e-4}
-TUNING_SEED, TUNING_TOTAL = 0, 0.25
+TUNING_SEED = 0
 
 CORE = ("full", "lora", "top15", "gt@0.7", "auto", "reuse")
 SCHEMES = (*CORE, "gt@0.5", "gt@0.9", "top5", "lisa", "prefix")
@@ -84,15 +84,26 @@ def validation_loss(result: Mapping[str, Any]) -> float:
     return math.fsum(losses) / sum(result["validation"]["tokens"])
 
 
-def rate_for(scheme: str, read: Read = result_of) -> tuple[float | None, Cell | None]:
-    """The rate that was chosen for a scheme, or else the run that is needed next to choose it."""
-    scheme = _tuned_as(scheme)
+def rate_for(scheme: str, total: float, read: Read = result_of) -> tuple[float | None, Cell | None]:
+    """The rate that was chosen for a scheme at a total, or else the run that is needed next to choose it.
 
+    Between totals, the rate of the one below counts.
+    """
+    scheme = _tuned_as(scheme)
+    first: float | None = FIRST_RATE.get(scheme, 1e-4)
+    needed = None
+    for tuned_at in [TOTALS[0], *(one for one in TOTALS[1:] if one <= total)]:
+        if first is not None:
+            first, needed = _search(scheme, tuned_at, first, read)
+    return first, needed
+
+
+def _search(scheme: str, total: float, first: float, read: Read) -> tuple[float | None, Cell | None]:
     def cell(rate: float) -> Cell:
-        return Cell(ACLSUM, scheme, TUNING_TOTAL, rate, TUNING_SEED)
+        return Cell(ACLSUM, scheme, total, rate, TUNING_SEED)
 
     losses: dict[float, float] = {}
-    wanted = [FIRST_RATE.get(scheme, 1e-4)]
+    wanted = [first]
     while wanted:
         for rate in wanted:
             if (result := read(cell(rate))) is None:
@@ -118,10 +129,10 @@ def plan(read: Read = result_of) -> Iterator[Cell]:
     stages: Sequence[tuple[str, Sequence[str], Sequence[float], Sequence[int]]] = (
         (ACLSUM, CORE, (0.25,), (1,)),
         (ACLSUM, ("untrained",), (0.0,), (1,)),
-        (ACLSUM, CORE, (0.5,), (1,)),
-        (ACLSUM, ("reuse",), tuple(BELOW_FORWARD), (1,)),
         (REVIEWS, ("untrained",), (0.0,), (1,)),
         (REVIEWS, CORE, (0.25,), (1,)),
+        (ACLSUM, CORE, (0.5,), (1,)),
+        (ACLSUM, ("reuse",), tuple(BELOW_FORWARD), (1,)),
         (ACLSUM, CORE, (0.25,), SEEDS),
         (ACLSUM, ABLATIONS, (0.25,), (1,)),
         (REVIEWS, CORE, (0.25,), SEEDS),
@@ -134,7 +145,7 @@ def plan(read: Read = result_of) -> Iterator[Cell]:
         for seed in seeds:
             for total in totals:
                 for scheme in schemes:
-                    rate, needed = (0.0, None) if scheme == "untrained" else rate_for(scheme, read)
+                    rate, needed = (0.0, None) if scheme == "untrained" else rate_for(scheme, total, read)
                     if needed is not None:
                         yield needed
                     elif rate is not None:

@@ -23,7 +23,6 @@ from experiments.cells import (
     SCHEMES,
     TOTALS,
     TUNING_SEED,
-    TUNING_TOTAL,
     Cell,
     rate_for,
     validation_loss,
@@ -192,14 +191,18 @@ def read(folder: Path = RESULTS) -> list[Mapping[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
 
 
-def runs_of(results: Iterable[Mapping[str, Any]], data: str = ACLSUM) -> dict[tuple[str, float], Runs]:
-    """What tables of a data set are made of, by scheme and total: runs at the rate that was chosen."""
+def runs_of(
+    results: Iterable[Mapping[str, Any]], data: str = ACLSUM, tuned_at: float | None = None
+) -> dict[tuple[str, float], Runs]:
+    """What tables of a data set are made of, by scheme and total: runs at the rate that was chosen at their total, or
+    at another one."""
     by_cell = {Cell(**result["cell"]): result for result in results}
     found: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for cell, result in by_cell.items():
         if cell.data != data or cell.seed == TUNING_SEED:
             continue
-        if cell.scheme == "untrained" or rate_for(cell.scheme, by_cell.get)[0] == cell.rate:
+        tuned = cell.total if tuned_at is None else tuned_at
+        if cell.scheme == "untrained" or rate_for(cell.scheme, tuned, by_cell.get)[0] == cell.rate:
             found.setdefault((cell.scheme, cell.total), []).append(result)
     runs = {}
     for key, each in found.items():
@@ -213,16 +216,21 @@ def rates(results: Sequence[Mapping[str, Any]]) -> str:
     by_cell = {Cell(**result["cell"]): result for result in results}
     rows = []
     for scheme in SCHEMES:
-        of_scheme = {cell.rate: one for cell, one in by_cell.items() if cell.scheme == scheme and cell.tunes}
-        if not of_scheme:
-            continue
-        chosen, _ = rate_for(scheme, by_cell.get)
-        cells = []
-        for rate in GRID:
-            text = "" if rate not in of_scheme else f"{validation_loss(of_scheme[rate]):.3f}"
-            cells.append(f"**{text}**" if rate == chosen else text)
-        rows.append([LABELS[scheme], *cells])
-    return table("scheme | " + " | ".join(f"{rate:.0e}" for rate in GRID), rows)
+        for total in TOTALS:
+            tuning = {
+                cell.rate: one
+                for cell, one in by_cell.items()
+                if (cell.scheme, cell.total, cell.seed) == (scheme, total, TUNING_SEED)
+            }
+            if not tuning:
+                continue
+            chosen, _ = rate_for(scheme, total, by_cell.get)
+            cells = []
+            for rate in GRID:
+                text = "" if rate not in tuning else f"{validation_loss(tuning[rate]):.3f}"
+                cells.append(f"**{text}**" if rate == chosen else text)
+            rows.append([LABELS[scheme], f"{total:g}", *cells])
+    return table("scheme | total | " + " | ".join(f"{rate:.0e}" for rate in GRID), rows)
 
 
 def losses(runs: Mapping[tuple[str, float], Runs], schemes: Sequence[str]) -> str:
@@ -404,13 +412,15 @@ def section() -> str:
         f"{untrained(runs)}\nTest loss of a target token:\n\n{losses(runs, (*SCHEMES, *ABLATIONS))}\n"
         "Test loss above that of full fine-tuning for the same FLOPs, by seeds that both have:\n\n"
         f"{against_full(runs)}\n"
-        f"Learning rates were chosen at total {TUNING_TOTAL:g} alone, by the validation loss of one run each, with a "
-        f"seed of their own:\n\n{rates(results)}\n"
+        "Learning rates were chosen at each total by the validation loss of one run each, with a seed of their own; a "
+        f"total has no results before that:\n\n{rates(results)}\n"
     )
     text = "## Quality at equal total FLOPs\n\n" + marked("quality", setting + loss)
     text += f"\nWhat the runs took, on a machine that did other things besides:\n\n{details(runs)}"
     if rows := epochs(runs):
         text += "\n### The FLOPs of five epochs below the forward pass\n\n" + marked("quality-epochs", rows)
+    if rows := epochs(runs_of(results, tuned_at=min(TOTALS))):
+        text += f"\n### The same at the rates of total {min(TOTALS):g}\n\n" + marked("quality-rates", rows)
     if of_reviews := runs_of(results, REVIEWS):
         text += (
             "\n### Ratings of reviews\n\nUCI's drug reviews, of which a package carries a part: 500 to train on, 240 "
