@@ -12,7 +12,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -342,6 +342,24 @@ def cut(trainer: gtflops.GreenTrainer, folder: Path) -> None:
     assert found == ["RuntimeError", "cut"], found
 
 
+class Shuffled:
+    """Three batches of a rank, of rows that come to other batches and ranks in each epoch."""
+
+    def __init__(self) -> None:
+        self.rows = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(7))
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(self.epoch))
+        return iter(self.rows[order[rank() * 12 : (rank() + 1) * 12]].split(4))
+
+
 def reused(folder: Path) -> Result:
     """Fixed batches over four epochs: what is above the third layer is trained, then what importance says."""
 
@@ -359,7 +377,15 @@ def reused(folder: Path) -> Result:
         return {"digest": digest(trainer.model), "log": logged(trainer)}
 
     top = {"choose": lambda profile, step: [name for name in profile.names if int(name[0]) >= 4]}
+
+    def shuffled(**reuse: Any) -> Result:
+        trainer = trainer_for(DistributedDataParallel(model()), stream()[0], every="epoch", **reuse, **top)
+        trainer.fit(Shuffled(), epochs=4)
+        return {"weights": weights(trainer.model), "log": logged(trainer)}
+
     return {
+        "shuffled_without": shuffled(),
+        "shuffled_with": shuffled(reuse="prefix", store=folder / "store-of-rows", batch_first=True),
         "without": trained(None, **top),
         "with": trained(folder / "store", **top),
         "by_importance": trained(folder / "store-of-another", budget=0.5),
